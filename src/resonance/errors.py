@@ -1,0 +1,66 @@
+"""The exception tree: every failure a user can meet, each with the exit code of the command that met it.
+
+An error says where, what was found there and what to do. Exit code 1 means that data, a model or the machine is at
+fault; 2 that the command line or the configuration is; 130 and 143 that the user (SIGINT) or the system (SIGTERM)
+stopped the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ResonanceError(Exception):
+    """Root of all errors that a command reports without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(ResonanceError):
+    """Settings that cannot be used. Holds one line for every problem found, so that all are fixed in one go."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class DataError(ResonanceError):
+    """Recordings or transcripts that cannot be used."""
+
+
+class ManifestError(DataError):
+    """A manifest that cannot be read, or rows in it that make no sense."""
+
+
+class AudioError(DataError):
+    """One audio file that cannot be decoded. The message names the file."""
+
+
+class ModelError(ResonanceError):
+    """Weights, a tokenizer or a configuration that cannot be loaded."""
+
+
+class AdapterError(ModelError):
+    """An adapter folder that is incomplete, damaged or made for another base model."""
+
+
+class RunFolderError(ResonanceError):
+    """An output folder that is in use, finished, not writable or full."""
+
+
+class MissingExtraError(ResonanceError):
+    """An optional dependency that the command needs and that is not installed."""
+
+
+class OutOfMemoryError(ResonanceError):
+    """The device has too little memory for the settings."""
+
+
+class Interrupted(ResonanceError):  # noqa: N818 - not a fault: somebody asked the command to stop
+    """SIGINT or SIGTERM arrived; what can be saved has been saved. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Scores of a recogniser against reference text, and the report that shows them."""

@@ -1,0 +1,1 @@
+"""Whisper checkpoints, their adapters, and the audio context they run at."""
