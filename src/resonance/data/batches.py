@@ -1,0 +1,193 @@
+"""Batches of clips of similar length, computed at the length of their audio.
+
+Whisper pads every clip to 30 s; a 3 s phrase then spends 90 % of the encoder on silence. Here a batch is as long as its
+longest clip and a margin, rounded up to one of a few lengths.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from resonance.data.audio import read_audio
+from resonance.data.augment import Augmentation, mask_features, vary_clip
+from resonance.data.features import log_mel
+from resonance.data.manifest import Utterance
+from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer, TokenPair
+from resonance.units import FRAMES_PER_POSITION, POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, WINDOW_POSITIONS
+
+# Context lengths in seconds. Steps of at most 20 % below 3 s and 15 % above keep the silence that rounding adds low
+# while shapes stay few enough for kernels and allocators that cache by shape.
+CONTEXT_SECONDS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.4, 3.8, 4.3, 4.8, 5.4, 6.0, 6.8, 7.6) + tuple(
+    itertools.chain((8.6, 9.6, 10.8), range(12, 31, 2))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AudioContext:
+    """How much audio the encoder sees at once.
+
+    `length` is "auto" (the longest clip of the batch and `margin_seconds`, rounded up), "full" (the model's own window,
+    30 s) or a number of seconds. `window_positions` is the model's `max_source_positions`.
+    """
+
+    length: Literal["auto", "full"] | float
+    margin_seconds: float
+    window_positions: int = WINDOW_POSITIONS
+
+    def positions(self, clip_seconds: float) -> int:
+        """Encoder positions (50 a second) for a batch whose longest clip has this many seconds."""
+        if self.length == "full":
+            return self.window_positions
+        seconds = self.length
+        if seconds == "auto":
+            wanted = clip_seconds + self.margin_seconds
+            seconds = next((s for s in CONTEXT_SECONDS if s >= wanted), CONTEXT_SECONDS[-1])
+        return min(round(seconds * POSITIONS_PER_SECOND), self.window_positions)
+
+
+class Draw(NamedTuple):
+    """One clip of one epoch: its row, and the seed of what augmentation does to it there."""
+
+    index: int
+    seed: int
+
+
+class Clip(NamedTuple):
+    """One decoded row."""
+
+    audio: np.ndarray  # float32 [samples] at 16 kHz
+    tokens: TokenPair
+    seed: int
+
+
+class ClipDataset(Dataset[Clip]):
+    """Rows decoded when they are asked for: nothing is kept, so memory does not grow with the data."""
+
+    def __init__(
+        self,
+        rows: Sequence[Utterance],
+        tokenizer: LabelTokenizer,
+        *,
+        augmentation: Augmentation | None = None,
+        timestamp_fraction: float = 0.0,
+    ) -> None:
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.augmentation = augmentation
+        self.timestamp_fraction = timestamp_fraction
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draw: Draw | int) -> Clip:
+        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
+        row = self.rows[index]
+        random = np.random.default_rng((seed, index))
+        # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
+        timestamps = bool(row.segments) and random.random() < self.timestamp_fraction
+        audio = read_audio(row.audio, row.start, row.end)
+        if self.augmentation and not timestamps:
+            audio = vary_clip(audio, self.augmentation, random)
+        return Clip(audio, self.tokenizer.encode(row, timestamps=timestamps), seed)
+
+
+class LengthGroupedSampler(Sampler[Draw]):
+    """Shuffles, then puts clips of similar length next to each other in groups of one effective batch.
+
+    A group holds the samples of one optimiser step however they are divided into accumulation steps and processes, so
+    8x1, 4x2 and two processes with 4 each see the same ones. The order depends only on `seed` and the epoch.
+    """
+
+    mixing = 0.1  # lengths are compared with +-10 % noise: neighbours change from epoch to epoch
+
+    def __init__(self, durations: Sequence[float], group_size: int, seed: int) -> None:
+        self.durations = np.asarray(durations, dtype=np.float64)
+        self.group_size = group_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.durations)
+
+    def __iter__(self) -> Iterator[Draw]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.durations))
+        noisy = self.durations * random.uniform(1 - self.mixing, 1 + self.mixing, len(order))
+        pool_size = 50 * self.group_size
+        groups = []
+        for first in range(0, len(order), pool_size):
+            pool = order[first : first + pool_size]
+            pool = pool[np.argsort(noisy[pool], kind="stable")]
+            # The incomplete group, which must come last, is a random one, not always that of the longest clips.
+            spare = len(pool) % self.group_size
+            left_over = np.sort(random.choice(len(pool), spare, replace=False))
+            full = np.delete(pool, left_over)
+            groups += [full[i : i + self.group_size] for i in range(0, len(full), self.group_size)]
+            incomplete = pool[left_over]
+        shuffled = [groups[i] for i in random.permutation(len(groups))]
+        clip_seed = int(random.integers(2**31))
+        for index in itertools.chain.from_iterable([*shuffled, incomplete]):
+            yield Draw(int(index), clip_seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Clips to one batch: features at the batch's audio context, decoder inputs and labels padded to its longest.
+
+    Returns `input_features` float32 [batch, n_mels, 2 * positions], `decoder_input_ids` int64 [batch, tokens] and
+    `labels` int64 [batch, tokens], -100 behind each label's end.
+    """
+
+    context: AudioContext
+    n_mels: int
+    pad_token_id: int
+    augmentation: Augmentation | None = None
+
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
+        features = batch_features([clip.audio for clip in clips], self.context, self.n_mels)
+        if self.augmentation:
+            # Its own stream of random numbers: what was drawn for speed and level must not show in the masks.
+            features = torch.stack(
+                [
+                    mask_features(
+                        mel,
+                        min(mel.shape[1], len(clip.audio) * FRAMES_PER_POSITION // SAMPLES_PER_POSITION),
+                        self.augmentation,
+                        np.random.default_rng((clip.seed, len(clip.audio))),
+                    )
+                    for mel, clip in zip(features, clips, strict=True)
+                ]
+            )
+        return {
+            "input_features": features,
+            "decoder_input_ids": pad([clip.tokens.decoder_input_ids for clip in clips], self.pad_token_id),
+            "labels": pad([clip.tokens.labels for clip in clips], IGNORED_LABEL),
+        }
+
+
+def batch_features(clips: Sequence[np.ndarray], context: AudioContext, n_mels: int) -> torch.Tensor:
+    """Features of clips float32 [samples] at their common audio context, float32 [batch, n_mels, 2 * positions]."""
+    longest = max(len(clip) for clip in clips)
+    positions = context.positions(longest / (SAMPLES_PER_POSITION * POSITIONS_PER_SECOND))
+    samples = np.zeros((len(clips), positions * SAMPLES_PER_POSITION), dtype=np.float32)
+    for row, clip in zip(samples, clips, strict=True):
+        row[: len(clip)] = clip[: len(row)]
+    return log_mel(torch.from_numpy(samples), positions * FRAMES_PER_POSITION, n_mels)
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Id sequences to int64 [batch, longest], `value` behind each one's end."""
+    padded = torch.full((len(sequences), max(map(len, sequences))), value, dtype=torch.int64)
+    for row, ids in zip(padded, sequences, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded
