@@ -20,7 +20,14 @@ from resonance.data.augment import Augmentation, mask_features, vary_clip
 from resonance.data.features import log_mel
 from resonance.data.manifest import Utterance
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer, TokenPair
-from resonance.units import FRAMES_PER_POSITION, POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, WINDOW_POSITIONS
+from resonance.units import (
+    FRAMES_PER_POSITION,
+    HOP_LENGTH,
+    POSITIONS_PER_SECOND,
+    SAMPLE_RATE,
+    SAMPLES_PER_POSITION,
+    WINDOW_POSITIONS,
+)
 
 # Context lengths in seconds. Steps of at most 20 % below 3 s and 15 % above keep the silence that rounding adds low
 # while shapes stay few enough for kernels and allocators that cache by shape.
@@ -64,7 +71,8 @@ class Clip(NamedTuple):
 
     audio: np.ndarray  # float32 [samples] at 16 kHz
     tokens: TokenPair
-    seed: int
+    masks: Augmentation | None  # SpecAugment to apply to its features
+    mask_seed: int
 
 
 class ClipDataset(Dataset[Clip]):
@@ -95,7 +103,8 @@ class ClipDataset(Dataset[Clip]):
         audio = read_audio(row.audio, row.start, row.end)
         if self.augmentation and not timestamps:
             audio = vary_clip(audio, self.augmentation, random)
-        return Clip(audio, self.tokenizer.encode(row, timestamps=timestamps), seed)
+        tokens = self.tokenizer.encode(row, timestamps=timestamps)
+        return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)))
 
 
 class LengthGroupedSampler(Sampler[Draw]):
@@ -151,23 +160,14 @@ class Collator:
     context: AudioContext
     n_mels: int
     pad_token_id: int
-    augmentation: Augmentation | None = None
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
         features = batch_features([clip.audio for clip in clips], self.context, self.n_mels)
-        if self.augmentation:
-            # Its own stream of random numbers: what was drawn for speed and level must not show in the masks.
-            features = torch.stack(
-                [
-                    mask_features(
-                        mel,
-                        min(mel.shape[1], len(clip.audio) * FRAMES_PER_POSITION // SAMPLES_PER_POSITION),
-                        self.augmentation,
-                        np.random.default_rng((clip.seed, len(clip.audio))),
-                    )
-                    for mel, clip in zip(features, clips, strict=True)
-                ]
-            )
+        for i, clip in enumerate(clips):
+            if clip.masks:
+                frames = min(features.shape[-1], len(clip.audio) // HOP_LENGTH)
+                random = np.random.default_rng(clip.mask_seed)
+                features[i] = mask_features(features[i], frames, clip.masks, random)
         return {
             "input_features": features,
             "decoder_input_ids": pad([clip.tokens.decoder_input_ids for clip in clips], self.pad_token_id),
@@ -178,7 +178,7 @@ class Collator:
 def batch_features(clips: Sequence[np.ndarray], context: AudioContext, n_mels: int) -> torch.Tensor:
     """Features of clips float32 [samples] at their common audio context, float32 [batch, n_mels, 2 * positions]."""
     longest = max(len(clip) for clip in clips)
-    positions = context.positions(longest / (SAMPLES_PER_POSITION * POSITIONS_PER_SECOND))
+    positions = context.positions(longest / SAMPLE_RATE)
     samples = np.zeros((len(clips), positions * SAMPLES_PER_POSITION), dtype=np.float32)
     for row, clip in zip(samples, clips, strict=True):
         row[: len(clip)] = clip[: len(row)]

@@ -1,0 +1,118 @@
+"""The run folder: who may write to it, what state it is in, and where training goes on.
+
+    config.yaml  the resolved settings      checkpoints/  to resume from
+    events.jsonl every log row              adapter/ or model/  the result, written last
+    runs/        TensorBoard                report.html   by `resonance evaluate`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from resonance.errors import RunFolderError
+from resonance.messages import _
+from resonance.model.adapters import INFO_FILE
+
+COMPLETE_FILE = "complete.json"  # the last file written into a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """An output folder, locked for this process while training."""
+
+    path: Path
+    lock: FileLock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def result(self) -> Path | None:
+        """The finished adapter or model folder, if there is one."""
+        return next((f for f in (self.path / "adapter", self.path / "model") if (f / INFO_FILE).is_file()), None)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the most steps."""
+        found = [
+            (int(match[1]), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE_FILE).is_file()
+        ]
+        return max(found)[1] if found else None
+
+
+def claim(path: Path, *, resume: bool) -> RunFolder:
+    """Create or enter the run folder and lock it.
+
+    Raises RunFolderError when it cannot be written, another process trains into it, it holds a run and `resume` is not
+    set, or there is nothing to resume. Nothing in it is ever deleted.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunFolderError(
+            _("{path} cannot be written: {reason}. Choose another --output_dir.").format(
+                path=path, reason=error.strerror or error
+            )
+        ) from error
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            _("Another training is writing to {path}. Wait for it, or choose another --output_dir.").format(path=path)
+        ) from None
+    run = RunFolder(path, lock)
+    problem = _conflict(run, resume)
+    if problem:
+        lock.release()
+        raise RunFolderError(problem)
+    return run
+
+
+def _conflict(run: RunFolder, resume: bool) -> str:
+    if run.result and not resume:
+        return _(
+            "{path} holds a finished training. Choose another --output_dir, or train on with --resume and more --max_steps."
+        ).format(path=run.path)
+    if (run.config.exists() or run.checkpoints.exists()) and not resume:
+        latest = run.latest_checkpoint()
+        return _(
+            "{path} holds an unfinished training ({where}). Add --resume to continue it, or choose another --output_dir."
+        ).format(path=run.path, where=latest.name if latest else _("no checkpoint yet"))
+    return ""
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put every file of a checkpoint on the disk, then say so in a file of its own."""
+    names = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    for file in names:
+        _fsync(file)
+    sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in names}
+    temporary = checkpoint / f"{COMPLETE_FILE}.part"
+    temporary.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(checkpoint / COMPLETE_FILE)
+
+
+def _fsync(file: Path) -> None:
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())

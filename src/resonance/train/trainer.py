@@ -1,0 +1,220 @@
+"""Seq2SeqTrainer, corrected for Whisper: the loss, the order of clips, evaluation by real generation, safe checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from resonance.data.batches import ClipDataset, LengthGroupedSampler
+from resonance.data.tokens import IGNORED_LABEL
+from resonance.errors import DataError, RunFolderError
+from resonance.messages import _
+from resonance.train.checkpoint import mark_complete
+from resonance.transcribe.torch_engine import decode
+from resonance.units import GIBIBYTE
+
+
+def label_token_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross entropy summed over label tokens, divided by the label tokens of the whole effective batch.
+
+    outputs.logits: [batch, tokens, vocabulary]; labels: [batch, tokens], -100 where nothing is to be predicted. Trainer
+    counts `num_items_in_batch` over all accumulation steps and processes, so that 8x1, 4x2 and two processes with 4 each
+    give the same gradient. Whisper's own loss is a mean per micro-batch, which Trainer then adds up: 2x4 reports four times
+    the loss of 8x1.
+    """
+    logits = outputs.logits.float().flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(
+        logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / (num_items_in_batch if num_items_in_batch is not None else labels.ne(IGNORED_LABEL).sum())
+
+
+class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
+    """Trains on `ClipDataset`s; what it changes is what `resonance.train` documents in docs/explanation/training.md."""
+
+    def __init__(
+        self,
+        *,
+        train_durations: Sequence[float],
+        prompt_length: int,
+        num_beams: int,
+        max_length: int,
+        label_smoothing: float,
+        keep_checkpoints: int | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            compute_loss_func=functools.partial(label_token_loss, label_smoothing=label_smoothing), **kwargs
+        )
+        world = self.args.world_size
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * world
+        self.sampler = LengthGroupedSampler(train_durations, group, self.args.seed)
+        self.prompt_length = prompt_length
+        self.num_beams = num_beams
+        self.max_length = max_length
+        self.keep_checkpoints = keep_checkpoints
+        self.meter = Meter(group)
+        self.add_callback(_Epochs(self.sampler))
+
+    def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:
+        return self.sampler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        with self.meter.waiting(), clean_worker_errors():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss by teacher forcing and text by generation, both at the batch's own audio context."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, dict(inputs)).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            ids = decode(
+                self.accelerator.unwrap_model(model),
+                inputs["input_features"],
+                inputs["decoder_input_ids"][:, : self.prompt_length].tolist(),
+                num_beams=self.num_beams,
+                max_length=self.max_length,
+            )
+        return loss, ids, labels
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.read(self.state.global_step))
+        logs.update(memory_in_gib(self.args.device))
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer does, then marked complete; older ones are removed only after that. A full disk stops the run."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                mark_complete(folder)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise RunFolderError(
+                _(
+                    "The checkpoint of step {step} could not be written to {folder}: {reason}. Free some space, then "
+                    "continue from the last checkpoint with --resume."
+                ).format(step=self.state.global_step, folder=folder.parent, reason=_os_reason(error))
+            ) from error
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.keep_checkpoints,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def save_now(self) -> Path:
+        """Write a checkpoint of the current step unless there is one, and return its folder."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not folder.is_dir():
+            self._save_checkpoint(self.model, None)
+        return folder
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch, also after resuming in the middle of one and under every wrapper of accelerate."""
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class Meter:
+    """Samples per second, and the share of the time that training waited for data, since the last reading."""
+
+    def __init__(self, samples_per_step: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.samples_per_step = samples_per_step
+        self.clock = clock
+        self.waited = self.paused = 0.0
+        self.since: float | None = None
+        self.last_step = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = self.clock()
+        try:
+            yield
+        finally:
+            if self.since is None:  # the first batch waits for the workers to start: not a running loader's wait
+                self.since = self.clock()
+            else:
+                self.waited += self.clock() - began
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time inside is neither training nor waiting: evaluation, saving."""
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.paused += self.clock() - began
+
+    def read(self, step: int) -> dict[str, float]:
+        now = self.clock()
+        seconds = max(now - (self.since if self.since is not None else now) - self.paused, 1e-9)
+        values = {
+            "samples_per_second": round((step - self.last_step) * self.samples_per_step / seconds, 3),
+            "data_wait": round(self.waited / seconds, 4),
+        }
+        self.since, self.waited, self.paused, self.last_step = now, 0.0, 0.0, step
+        return values
+
+
+def memory_in_gib(device: torch.device) -> dict[str, float]:
+    """Memory in use now and at its peak: the device's, and this process' resident set."""
+    process = psutil.Process().memory_info()
+    rss = process.rss / GIBIBYTE
+    if device.type == "cuda":
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return {"memory_gib": round(now / GIBIBYTE, 3), "peak_memory_gib": round(peak / GIBIBYTE, 3), "rss_gib": round(rss, 3)}
+    return {"memory_gib": round(rss, 3), "peak_memory_gib": round(peak_rss() / GIBIBYTE, 3), "rss_gib": round(rss, 3)}
+
+
+def peak_rss() -> float:
+    """The largest resident set this process ever had, in bytes."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return float(memory.peak_wset)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@contextlib.contextmanager
+def clean_worker_errors() -> Iterator[None]:
+    """DataLoader puts a worker's traceback into the message of our errors; keep what the user needs."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        marker = f"{type(error).__name__}: "
+        raise type(error)(text.rsplit(marker, 1)[-1].strip()) from None
+
+
+def _os_reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).splitlines()[0]
