@@ -31,9 +31,12 @@ from resonance.units import (
 
 # Context lengths in seconds. Steps of at most 20 % below 3 s and 15 % above keep the silence that rounding adds low
 # while shapes stay few enough for kernels and allocators that cache by shape.
-CONTEXT_SECONDS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.4, 3.8, 4.3, 4.8, 5.4, 6.0, 6.8, 7.6) + tuple(
-    itertools.chain((8.6, 9.6, 10.8), range(12, 31, 2))
+# fmt: off
+CONTEXT_SECONDS = (
+    1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.4, 3.8, 4.3, 4.8, 5.4, 6.0, 6.8, 7.6, 8.6, 9.6, 10.8, 12.0,
+    14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0, 28.0, 30.0,
 )
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)

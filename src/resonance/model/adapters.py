@@ -75,7 +75,13 @@ def find(path: Path) -> Path | None:
 
 def check_complete(folder: Path) -> None:
     """Raise AdapterError naming the files that a LoRA adapter folder lacks."""
-    needed = ("adapter_config.json", "adapter_model.safetensors", INFO_FILE, "tokenizer.json", "preprocessor_config.json")
+    needed = (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        INFO_FILE,
+        "tokenizer.json",
+        "preprocessor_config.json",
+    )
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise AdapterError(

@@ -20,6 +20,7 @@ from resonance.messages import _
 from resonance.model.context import allow_any_audio_context
 from resonance.units import MAX_LABEL_TOKENS
 
+MULTILINGUAL_TOKENS = 51_865  # size of the smallest multilingual vocabulary; `.en` models have one token less
 Quantization = Literal["none", "8bit", "4bit"]
 
 
@@ -37,7 +38,7 @@ class Whisper:
     def multilingual(self) -> bool:
         """False for `.en` models, which have no language and task tokens."""
         flag = getattr(self.model.generation_config, "is_multilingual", None)
-        return bool(flag) if flag is not None else self.model.config.vocab_size >= 51_865
+        return bool(flag) if flag is not None else self.model.config.vocab_size >= MULTILINGUAL_TOKENS
 
     @property
     def n_mels(self) -> int:
@@ -101,6 +102,16 @@ def load_whisper(
     return Whisper(name, model, tokenizer, feature_extractor, fingerprint)
 
 
+def load_tokenizer(name: str, cache_dir: Path | None = None) -> tuple[WhisperTokenizer, bool]:
+    """A checkpoint's tokenizer, and whether the model is multilingual, without its weights."""
+    with _quiet_hub():
+        try:
+            config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+            return WhisperTokenizer.from_pretrained(name, cache_dir=cache_dir), config.vocab_size >= MULTILINGUAL_TOKENS
+        except (OSError, ValueError) as error:
+            raise ModelError(explain(name, error)) from error
+
+
 def check_folder(name: str) -> None:
     """Raise ModelError when `name` is a folder that lacks files, or a path to no folder."""
     folder = Path(name).expanduser()
@@ -145,7 +156,9 @@ def explain(name: str, error: Exception) -> str:
             name=name, address=constants.ENDPOINT
         )
     if "gated" in text or "401" in text or "403" in text:
-        return _("{name} needs permission: log in with `hf auth login` using an account that may read it.").format(name=name)
+        return _("{name} needs permission: log in with `hf auth login` using an account that may read it.").format(
+            name=name
+        )
     if "safetensors" in text and "no file named" in text:
         return _(
             "{name} has no safetensors weights, and other formats can run code when they are read. Convert it first "

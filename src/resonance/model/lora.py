@@ -25,11 +25,15 @@ def add_lora(
         # Checkpointing is left to the trainer, which uses the non-reentrant kind.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     # task_type stays None: SEQ_2_SEQ_LM makes PEFT pass `input_ids`, which Whisper's forward does not take.
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_targets(target_modules), bias="none")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_targets(target_modules), bias="none"
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
         raise ConfigError(
             [
                 _("--target_modules {given} matches no layer of the model. Its linear layers are {names}.").format(

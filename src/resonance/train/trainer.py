@@ -19,7 +19,7 @@ from resonance.data.batches import ClipDataset, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
-from resonance.train.checkpoint import mark_complete
+from resonance.model.runs import mark_complete
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -65,6 +65,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.num_beams = num_beams
         self.max_length = max_length
         self.keep_checkpoints = keep_checkpoints
+        self.metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         self.meter = Meter(group)
         self.add_callback(_Epochs(self.sampler))
 
@@ -94,6 +95,11 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
             )
         return loss, ids, labels
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.meter.pausing(), clean_worker_errors():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state.global_step))
@@ -104,9 +110,10 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         """As Trainer does, then marked complete; older ones are removed only after that. A full disk stops the run."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                mark_complete(folder)
+            with self.meter.pausing():
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    mark_complete(folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             if isinstance(error, RuntimeError) and "write" not in str(error).lower():
                 raise
@@ -123,6 +130,16 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 save_total_limit=self.keep_checkpoints,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def kept_scores(self) -> dict[str, float]:
+        """Scores of the checkpoint that the model now holds: the best one where that was asked for, else the last."""
+        step = self.state.best_global_step if self.args.load_best_model_at_end else None
+        found = [row for row in self.state.log_history if "eval_loss" in row and row["step"] == (step or row["step"])]
+        if not found:
+            return {}
+        timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        scores = {k.removeprefix("eval_"): v for k, v in found[-1].items() if k.startswith("eval_") and k not in timing}
+        return {**scores, "step": found[-1]["step"]}
 
     def save_now(self) -> Path:
         """Write a checkpoint of the current step unless there is one, and return its folder."""
@@ -189,7 +206,11 @@ def memory_in_gib(device: torch.device) -> dict[str, float]:
     rss = process.rss / GIBIBYTE
     if device.type == "cuda":
         now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return {"memory_gib": round(now / GIBIBYTE, 3), "peak_memory_gib": round(peak / GIBIBYTE, 3), "rss_gib": round(rss, 3)}
+        return {
+            "memory_gib": round(now / GIBIBYTE, 3),
+            "peak_memory_gib": round(peak / GIBIBYTE, 3),
+            "rss_gib": round(rss, 3),
+        }
     return {"memory_gib": round(rss, 3), "peak_memory_gib": round(peak_rss() / GIBIBYTE, 3), "rss_gib": round(rss, 3)}
 
 

@@ -154,6 +154,10 @@ class TorchRecognizer:
         first = tokenizer.convert_tokens_to_ids("<|0.00|>")
         return Transcript(text, language, tuple(read_segments(ids, tokenizer, first, seconds)))
 
+    def spellings(self) -> dict[str, str]:
+        """British to American spellings, where the model's tokenizer brings them (Whisper's normalizer.json)."""
+        return dict(getattr(self.whisper.tokenizer, "english_spelling_normalizer", None) or {})
+
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
         """The base model without the adapter, at the base's own full context, for as long as the block lasts."""
@@ -218,9 +222,9 @@ def load_recognizer(
     if folder is None:
         if (Path(model_path) / "events.jsonl").is_file():
             raise ModelError(
-                _("{path} is a run folder without a result: its training has not finished. Continue it with --resume.").format(
-                    path=model_path
-                )
+                _(
+                    "{path} is a run folder without a result: its training has not finished. Continue it with --resume."
+                ).format(path=model_path)
             )
         whisper = load_whisper(model_path, device=where, dtype=dtype, cache_dir=cache_dir)
         return TorchRecognizer(whisper, AudioContext(audio_context or "full", 0.0, whisper.window_positions))
@@ -235,12 +239,14 @@ def load_recognizer(
         whisper = load_whisper(base_name, device=where, dtype=dtype, cache_dir=cache_dir)
     except ModelError as error:
         raise ModelError(
-            _("The adapter {folder} needs its base model {base}:\n{reason}\nGive the base's place with --base_model.").format(
-                folder=folder, base=base_name, reason=error
-            )
+            _(
+                "The adapter {folder} needs its base model {base}:\n{reason}\nGive the base's place with --base_model."
+            ).format(folder=folder, base=base_name, reason=error)
         ) from error
     adapters.check_base(info, folder, base_name, whisper.fingerprint)
-    tuned = Whisper(str(folder), attach(whisper.model, folder), whisper.tokenizer, whisper.feature_extractor, whisper.fingerprint)
+    tuned = Whisper(
+        str(folder), attach(whisper.model, folder), whisper.tokenizer, whisper.feature_extractor, whisper.fingerprint
+    )
     return TorchRecognizer(tuned, AudioContext(context, info.audio_margin, whisper.window_positions), info)
 
 
@@ -254,5 +260,7 @@ def attach(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # PEFT and safetensors raise many kinds for a damaged file
         raise AdapterError(
-            _("The adapter {folder} cannot be read: {reason}. Copy the folder again.").format(folder=folder, reason=error)
+            _("The adapter {folder} cannot be read: {reason}. Copy the folder again.").format(
+                folder=folder, reason=error
+            )
         ) from error

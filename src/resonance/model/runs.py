@@ -1,8 +1,8 @@
 """The run folder: who may write to it, what state it is in, and where training goes on.
 
-    config.yaml  the resolved settings      checkpoints/  to resume from
-    events.jsonl every log row              adapter/ or model/  the result, written last
-    runs/        TensorBoard                report.html   by `resonance evaluate`
+config.yaml  the resolved settings      checkpoints/  to resume from
+events.jsonl every log row              adapter/ or model/  the result, written last
+runs/        TensorBoard                report.html   by `resonance evaluate`
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,10 +25,9 @@ COMPLETE_FILE = "complete.json"  # the last file written into a checkpoint
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """An output folder, locked for this process while training."""
+    """Where everything lies in an output folder."""
 
     path: Path
-    lock: FileLock
 
     @property
     def checkpoints(self) -> Path:
@@ -40,6 +40,14 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def train_rows(self) -> Path:
+        return self.path / "data" / "train.json"
+
+    @property
+    def held_out_rows(self) -> Path:
+        return self.path / "data" / "held_out.json"
 
     @property
     def result(self) -> Path | None:
@@ -56,8 +64,24 @@ class RunFolder:
         return max(found)[1] if found else None
 
 
-def claim(path: Path, *, resume: bool) -> RunFolder:
-    """Create or enter the run folder and lock it.
+def containing(model_path: Path) -> RunFolder | None:
+    """The run folder that `model_path` is, or whose result it is."""
+    return next((RunFolder(p) for p in (model_path, model_path.parent) if RunFolder(p).events.is_file()), None)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All rows of an `events.jsonl`; a last line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def claim(path: Path, *, resume: bool) -> tuple[RunFolder, FileLock]:
+    """Create or enter the run folder and lock it for as long as the returned lock is held.
 
     Raises RunFolderError when it cannot be written, another process trains into it, it holds a run and `resume` is not
     set, or there is nothing to resume. Nothing in it is ever deleted.
@@ -80,12 +104,12 @@ def claim(path: Path, *, resume: bool) -> RunFolder:
         raise RunFolderError(
             _("Another training is writing to {path}. Wait for it, or choose another --output_dir.").format(path=path)
         ) from None
-    run = RunFolder(path, lock)
+    run = RunFolder(path)
     problem = _conflict(run, resume)
     if problem:
         lock.release()
         raise RunFolderError(problem)
-    return run
+    return run, lock
 
 
 def _conflict(run: RunFolder, resume: bool) -> str:

@@ -1,0 +1,167 @@
+"""Base against tuned on recordings that training never saw: transcribe with both, score, write the report."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import soundfile
+from rich.console import Console
+from rich.progress import Progress
+
+from resonance.config import EvaluateConfig
+from resonance.data.audio import read_audio
+from resonance.data.check import probe_durations
+from resonance.data.formats import load_manifest
+from resonance.data.manifest import Utterance
+from resonance.data.split import sentence_key
+from resonance.data.textfile import write_text_atomic
+from resonance.errors import ConfigError, DataError
+from resonance.evaluate.metrics import measure
+from resonance.evaluate.normalize import normalizer_for
+from resonance.evaluate.report import write_report
+from resonance.evaluate.results import EvaluationReport, Row, group_rows, report_json, worst_rows
+from resonance.messages import _
+from resonance.model import adapters, runs
+from resonance.transcribe.files import Span, transcribe_files
+from resonance.transcribe.recognizer import DecodeSettings, Recognizer
+from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
+from resonance.units import SAMPLE_RATE
+
+WORST = 10  # clips that can be listened to in the report
+WORST_SECONDS = 30.0  # of each
+
+
+def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport, Path]:
+    """Score the model of `config` beside its base. Returns the report and the folder it was written to.
+
+    `report.html` and `report.json` are written together at the end. Raises DataError for rows that cannot be read.
+    """
+    run = runs.containing(Path(config.model_path))
+    test, train = read_rows(config, run)
+    recognizer = load_recognizer(
+        config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
+    )
+    info = recognizer.info
+    if info is None:
+        raise ConfigError(
+            [
+                _(
+                    "{path} is a base model, so there is nothing to compare it with. Give --model_path the folder that "
+                    "`resonance train` wrote."
+                ).format(path=config.model_path)
+            ]
+        )
+    settings = DecodeSettings(config.language, config.task, config.num_beams)
+    tuned = texts(recognizer, test, settings, config.batch_size, console, _("tuned model"))
+    language = config.language or info.language
+    base = base_texts(recognizer, config, info, test, replace(settings, language=language), console)
+
+    normalizer = normalizer_for(language, recognizer.spellings())
+    references = [row.text for row in test]
+    base_results = measure(list(zip(references, base, strict=True)), normalizer)
+    tuned_results = measure(list(zip(references, tuned, strict=True)), normalizer)
+    seen = {sentence_key(row.text) for row in train}
+    rows = [
+        Row(u.audio, u.text, b, t, b_result, t_result, sentence_key(u.text) in seen, u.speaker)
+        for u, b, t, b_result, t_result in zip(test, base, tuned, base_results, tuned_results, strict=True)
+    ]
+    groups = group_rows(rows, normalizer, config.seed)
+    for i in worst_rows(rows, groups[0].tuned.main_metric, WORST):
+        rows[i] = replace(rows[i], wav=clip_as_wav(test[i]))
+    report = EvaluationReport(
+        title=_("How well {name} is understood").format(name=run.path.name if run else Path(config.model_path).name),
+        base_model=info.base_model,
+        tuned_model=config.model_path,
+        language=language,
+        created=adapters.now(),
+        groups=groups,
+        rows=tuple(rows),
+        events=runs.read_events(run.events) if run else [],
+        settings=info.settings,
+        versions={n: metadata.version(n) for n in ("resonance-asr", "torch", "transformers", "peft", "jiwer")},
+    )
+    folder = config.output_dir or (run.path if run else None) or Path("evaluation")
+    write_report(folder / "report.html", report)
+    write_text_atomic(folder / "report.json", [json.dumps(report_json(report), ensure_ascii=False, indent=1)])
+    return report, folder
+
+
+def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[Utterance], list[Utterance]]:
+    """(rows to score, rows trained on). Left out, they are those that the run wrote down."""
+    train_file = config.train_file or (run.train_rows if run else None)
+    if config.test_file or config.json_file:
+        source = config.test_file or config.dataset_dir
+        assert source is not None  # the configuration asks for one of the two
+        manifest = load_manifest(source, dataset_dir=config.dataset_dir, json_file=config.json_file)
+    elif run and run.held_out_rows.is_file():
+        manifest = load_manifest(run.held_out_rows)
+    else:
+        raise ConfigError([_("--test_file is needed: recordings and transcripts that were kept out of training.")])
+    train = load_manifest(train_file).utterances if train_file and train_file.is_file() else []
+    test = probe_durations(manifest.utterances)
+    trained = {(row.audio, row.start) for row in train}
+    overlap = [row for row in test if (row.audio, row.start) in trained]
+    if overlap:
+        raise DataError(
+            _(
+                "{count} of the recordings to score were trained on (first: row {row}, {audio}). Scores on them mean "
+                "nothing: take them out of --test_file."
+            ).format(count=len(overlap), row=overlap[0].row, audio=overlap[0].audio)
+        )
+    return test[: config.max_eval_samples], train
+
+
+def base_texts(
+    recognizer: TorchRecognizer,
+    config: EvaluateConfig,
+    info: adapters.Info,
+    test: Sequence[Utterance],
+    settings: DecodeSettings,
+    console: Console,
+) -> list[str]:
+    """What the base model understands, as it comes: at its own 30 s context."""
+    if info.kind == "lora":
+        with recognizer.as_base():
+            return texts(recognizer, test, settings, config.batch_size, console, _("base model"))
+    base = load_recognizer(config.base_model or info.base_model, device=config.device)
+    return texts(base, test, settings, config.batch_size, console, _("base model"))
+
+
+def texts(
+    recognizer: Recognizer,
+    rows: Sequence[Utterance],
+    settings: DecodeSettings,
+    batch_size: int,
+    console: Console,
+    name: str,
+) -> list[str]:
+    """Transcripts of rows, in their order."""
+    spans = [Span(Path(row.audio), row.start, row.end) for row in rows]
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(name, total=len(rows))
+        results = list(
+            transcribe_files(
+                recognizer, spans, settings, batch_size=batch_size, done=lambda count: bar.advance(task, count)
+            )
+        )
+    failed = [
+        _("row {row}: {error}").format(row=row.row, error=result.error)
+        for row, result in zip(rows, results, strict=True)
+        if result.error is not None
+    ]
+    if failed:
+        raise DataError("\n".join(failed))
+    return [result.text for result in results]
+
+
+def clip_as_wav(row: Utterance) -> bytes:
+    """The first seconds of a recording as a 16-bit WAV file."""
+    end = row.start + min(row.duration or WORST_SECONDS, WORST_SECONDS)
+    memory = io.BytesIO()
+    soundfile.write(memory, read_audio(row.audio, row.start, end), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return memory.getvalue()

@@ -1,0 +1,124 @@
+"""From a manifest to the rows that are trained on and the rows that are held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from resonance.config import TrainConfig
+from resonance.data.check import probe_durations
+from resonance.data.formats import load_manifest
+from resonance.data.manifest import Utterance
+from resonance.data.split import split
+from resonance.data.tokens import LabelTokenizer
+from resonance.errors import DataError
+from resonance.messages import _
+
+SHOWN = 5  # left-out rows that are named on the screen
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows with known durations. `held_out` is empty when nothing is to be evaluated."""
+
+    train: list[Utterance]
+    held_out: list[Utterance]
+
+    @property
+    def hours(self) -> float:
+        return sum(row.duration or 0.0 for row in self.train) / 3600
+
+
+def read_rows(config: TrainConfig, console: Console) -> Rows:
+    """All rows of the configuration's manifests whose clips can be trained on.
+
+    Raises DataError listing every file that is missing or unreadable. Clips outside the length limits are left out and
+    named.
+    """
+    train = usable(_manifest(config.train_file, config), config, console)
+    if config.validation_file:
+        held_out = usable(_manifest(config.validation_file, config), config, console)
+    elif config.validation_split:
+        train, held_out = split(train, eval_fraction=config.validation_split, by=config.split_by, seed=config.seed)
+    else:
+        held_out = []
+    return Rows(
+        train[: config.max_train_samples],
+        # Evaluation runs in the order of length, so that batches need little padding.
+        sorted(held_out[: config.max_eval_samples], key=lambda row: row.duration or 0.0),
+    )
+
+
+def _manifest(path: Path | str | None, config: TrainConfig) -> list[Utterance]:
+    source = path if path is not None else config.dataset_dir
+    if source is None:  # the schema asks for one of the two
+        raise DataError(_("Give the recordings with --train_file, or with --dataset_dir and --json_file."))
+    dataset_dir = Path(config.dataset_dir) if config.dataset_dir else None
+    json_file = config.json_file if path is None else None
+    return load_manifest(source, dataset_dir=dataset_dir, json_file=json_file).utterances
+
+
+def usable(rows: Sequence[Utterance], config: TrainConfig, console: Console) -> list[Utterance]:
+    """Rows with their durations, without those outside the length limits, which are named."""
+    kept: list[Utterance] = []
+    left_out: list[Utterance] = []
+    longest = config.max_audio_len
+    if isinstance(config.audio_context, float):
+        longest = min(longest, config.audio_context)
+    for row in probe_durations(rows):
+        inside = config.min_audio_len <= (row.duration or 0.0) <= longest
+        (kept if inside else left_out).append(row)
+    if left_out:
+        console.print(
+            _("{count} of {total} recordings are left out: not between {least:g} and {most:g} seconds long.").format(
+                count=len(left_out), total=len(rows), least=config.min_audio_len, most=longest
+            ),
+            style="yellow",
+        )
+        for row in left_out[:SHOWN]:
+            console.print(
+                _("  row {row}: {audio}, {seconds:.2f} s").format(
+                    row=row.row, audio=row.audio, seconds=row.duration or 0.0
+                ),
+                highlight=False,
+                soft_wrap=True,
+            )
+    if not kept:
+        raise DataError(
+            _(
+                "No recording is between {least:g} and {most:g} seconds long. Cut longer ones, or check --max_audio_len."
+            ).format(least=config.min_audio_len, most=longest)
+        )
+    return kept
+
+
+def guess_language(rows: Sequence[Utterance]) -> str:
+    """ "zh" where at least half of the letters are Chinese characters, else "en"."""
+    letters = [c for row in rows for c in row.text if c.isalpha()]
+    chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
+    return "zh" if chinese * 2 >= max(len(letters), 1) else "en"
+
+
+def check_labels(rows: Sequence[Utterance], tokenizer: LabelTokenizer) -> None:
+    """Raise one DataError for all rows whose text does not fit the decoder."""
+    problems = []
+    for row in rows:
+        # A token is at least a byte, so only long texts need to be tokenised.
+        if len(row.text.encode()) + len(row.segments) * 2 + 8 > tokenizer.max_label_tokens:
+            try:
+                tokenizer.encode(row, timestamps=True)
+            except DataError as error:
+                problems.append(str(error))
+    if problems:
+        more = [_("… and {count} more").format(count=len(problems) - 20)] if len(problems) > 20 else []
+        raise DataError("\n".join(problems[:20] + more))
+
+
+def fingerprint(rows: Sequence[Utterance]) -> str:
+    """SHA-256 over texts, spans and durations: the same recordings in any order and any folder give the same."""
+    keys = sorted(f"{Path(r.audio).name}|{r.start}|{r.end}|{r.duration}|{r.text}" for r in rows)
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""`resonance transcribe`: progress on stderr, texts on stdout or in a file, failures in the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resonance.config import TranscribeConfig
+from resonance.data.textfile import write_text_atomic
+from resonance.messages import _
+from resonance.transcribe.files import FileResult, Span, list_audio, transcribe_files
+from resonance.transcribe.recognizer import DecodeSettings
+from resonance.transcribe.torch_engine import load_recognizer
+
+
+def transcribe_to_output(config: TranscribeConfig) -> int:
+    """Transcribe what `config` names. Returns the exit code: 1 when a file could not be transcribed."""
+    paths = list_audio(config.audio_path, config.audio_list)
+    recognizer = load_recognizer(
+        config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
+    )
+    settings = DecodeSettings(config.language, config.task, config.num_beams, config.return_timestamps)
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(_("transcribing"), total=len(paths))
+        spans = [Span(path) for path in paths]
+        results = list(
+            transcribe_files(
+                recognizer,
+                spans,
+                settings,
+                batch_size=config.batch_size,
+                done=lambda count: bar.advance(task, count),
+            )
+        )
+    failed = [result for result in results if result.error is not None]
+    if config.output_file:
+        rows = [result.as_row(config.return_timestamps) for result in results]
+        write_text_atomic(config.output_file, [json.dumps(rows, ensure_ascii=False, indent=1), "\n"])
+        print(_("{count} texts written to {path}").format(count=len(rows) - len(failed), path=config.output_file))
+    else:
+        print_texts(results, config.return_timestamps)
+    for result in failed:
+        print(_("Error: {message}").format(message=result.error), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def print_texts(results: Sequence[FileResult], timestamps: bool) -> None:
+    """One text alone; several with their file before a tab; with times, one segment a line."""
+    for result in results:
+        if result.error is not None:
+            continue
+        prefix = f"{result.audio_path}\t" if len(results) > 1 else ""
+        if timestamps:
+            for s in result.segments:
+                print(f"{prefix}[{s.start:.2f} - {s.end:.2f}] {s.text}")
+        else:
+            print(prefix + result.text)
