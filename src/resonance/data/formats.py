@@ -195,7 +195,7 @@ def _read_json_lines(text: str, resolve: Resolver, problems: list[str]) -> list[
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             problems.append(_json_fault(error, line=number))
             continue
@@ -206,12 +206,17 @@ def _read_json_lines(text: str, resolve: Resolver, problems: list[str]) -> list[
 
 def _json_fault(error: json.JSONDecodeError, line: int | None = None) -> str:
     """Where the JSON is wrong, with that part of the line; `line` when `error` knows only one line of a file."""
-    start = error.pos - error.colno + 1
-    stop = error.doc.find("\n", error.pos)
-    before = error.doc[max(start, error.pos - 40) : error.pos]
-    after = error.doc[error.pos : stop if stop >= 0 else None][:40]
+    before = error.doc[max(error.pos - 40, 0) : error.pos]
+    after = error.doc[error.pos : error.pos + 40].partition("\n")[0]
+    reason = error.msg
+    if after.startswith(("]", "}")) and before.rstrip().endswith(","):
+        reason = _("take away the comma before {bracket}").format(bracket=after[0])
     return _("line {line}, column {column}: not valid JSON ({reason}). Look at ▶ in: {before}▶{after}").format(
-        line=line or error.lineno, column=error.colno, reason=error.msg, before=before, after=after.rstrip()
+        line=line or error.lineno,
+        column=error.colno,
+        reason=reason,
+        before=before.replace("\r", "").replace("\n", "⏎"),
+        after=after.rstrip(),
     )
 
 

@@ -32,6 +32,7 @@ def read_kaldi(folder: Path, resolve: Resolver) -> list[Utterance]:
     problems: list[str] = []
     recordings = _recordings(folder / "wav.scp", resolve, problems)
     spans = _spans(folder / "segments", problems)
+    raise_problems(folder, problems)  # before ids are looked up: each fault would be told twice
     speakers = {key: sys.intern(value) for _line, key, value in _entries(folder / "utt2spk")}
     utterances = []
     for line, key, text in _entries(folder / "text"):
