@@ -35,7 +35,6 @@ from resonance.messages import _
 
 Method = Literal["bootstrap", "wilson", "newcombe", "none"]
 Metric = Literal["wer", "cer", "mer"]
-MAIN_METRIC: dict[Unit, Metric] = {"word": "wer", "char": "cer", "mixed": "mer"}
 
 Z_95 = 1.959963984540054  # standard deviations on each side of 95 % of a normal distribution
 MIN_CHANGED = 6  # the fewest changes, all one way, that a sign test calls more than chance: 2 * 0.5**6 < 0.05
@@ -109,7 +108,7 @@ class Scores:
 
     @property
     def main_metric(self) -> Metric:
-        return MAIN_METRIC[self.unit]
+        return main_metric(self.unit)
 
     @property
     def main(self) -> Rate:
@@ -157,6 +156,12 @@ def score(
     """All metrics of `pairs` of (reference, hypothesis), normalised for `language`. See `normalizer_for`."""
     normalizer = normalizer_for(language, spellings)
     return summarize(measure(pairs, normalizer), normalizer, seed)
+
+
+def main_metric(unit: Unit) -> Metric:
+    """The error rate that a language is judged by: `main_metric(normalizer_for(language).unit)`."""
+    metrics: dict[Unit, Metric] = {"word": "wer", "char": "cer", "mixed": "mer"}
+    return metrics[unit]
 
 
 def measure(pairs: Sequence[tuple[str, str]], normalizer: Normalizer) -> list[UtteranceResult]:

@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Literal
 
 from resonance.errors import MissingExtraError
+from resonance.languages import language_code
 from resonance.messages import _
 
 Unit = Literal["word", "char", "mixed"]
@@ -41,20 +42,6 @@ UNSPACED_SCRIPTS = (
 )
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
 CHINESE_LANGUAGES = frozenset({"zh", "yue"})
-LANGUAGE_NAMES = {
-    "english": "en",
-    "chinese": "zh",
-    "mandarin": "zh",
-    "cmn": "zh",
-    "cantonese": "yue",
-    "japanese": "ja",
-    "thai": "th",
-    "lao": "lo",
-    "burmese": "my",
-    "myanmar": "my",
-    "khmer": "km",
-}
-
 # What zhconv's table from Traditional to Simplified leaves alone because it depends on the word. Folded on both sides,
 # so the word does not matter: 著急 and 着急, 帳戶 and 账户, 姊姊 and 姐姐 are the same speech.
 MORE_FOLDED_CHARACTERS = {"著": "着", "祇": "只", "帐": "账", "姊": "姐", "麽": "么"}
@@ -78,8 +65,10 @@ def normalizer_for(language: str | None, spellings: Mapping[str, str] | None = N
     """
     if language is None:
         return Normalizer("mixed-simplified-1", "mixed", chinese)
-    tag = re.split("[-_]", language.strip().lower())[0]
-    code = LANGUAGE_NAMES.get(tag, tag)
+    try:
+        code = language_code(language)
+    except ValueError:  # transcripts in a language that Whisper has no token for can still be scored
+        code = language
     if code == "en":
         name = "whisper-english-1" if spellings else "whisper-english-1-no-spelling-map"
         return Normalizer(name, "word", english(spellings or {}))
