@@ -36,7 +36,12 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1
 ALL_LINEAR = "all-linear"
 
 SETTINGS = ConfigDict(
-    extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    protected_namespaces=(),
+    defer_build=True,  # a command needs one of the models
 )
 
 
