@@ -14,7 +14,6 @@ from resonance.data.rows import (
     AUDIO_KEYS,
     TEXT_KEYS,
     Resolver,
-    clean_text,
     excerpt,
     first_of,
     in_line,
@@ -171,20 +170,21 @@ def _read_json_object(text: str, start: int, resolve: Resolver, problems: list[s
         if not text.startswith("{", end):
             raise json.JSONDecodeError("Extra data", text, end)
         return "JSON lines", _read_json_lines(text, resolve, problems)
+    read = row_reader(resolve, problems, in_row)
     if first_of(value, AUDIO_KEYS) is not None and first_of(value, TEXT_KEYS) is not None:
-        row = row_reader(resolve, problems, in_row)(value, 1)
+        row = read(value, 1)
         return "JSON lines", [row] if row else []
-    # The pairs and not the dictionary: a file listed twice must reach the check for duplicates.
     utterances = []
+    # The pairs and not the dictionary: a file listed twice must reach the check for duplicates.
     for number, (name, said) in enumerate(json.loads(text, object_pairs_hook=list), 1):
-        if isinstance(said, str) and name.strip():
-            utterances.append(Utterance(resolve(name), clean_text(said), number))
-        else:
+        if not isinstance(said, str):
             problems.append(
                 _('{where}: expected "file name": "what is said", found "{name}": {value}').format(
                     where=in_row(number), name=excerpt(name), value=excerpt(value[name])
                 )
             )
+        elif row := read({"audio": name, "text": said}, number):
+            utterances.append(row)
     return "JSON map", utterances
 
 

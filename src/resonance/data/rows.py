@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ END_KEYS = ("end", "end_time")
 SPEAKER_KEYS = ("speaker", "speaker_id", "client_id")
 LANGUAGE_KEYS = ("language", "locale", "lang")
 SEGMENT_KEYS = ("sentences", "segments")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 files cannot hold them
 _TIME_KEYS = frozenset((*START_KEYS, *END_KEYS, "duration"))
 
 MAX_LISTED = 20  # problems printed in one message; a wrong column name makes every row wrong
@@ -178,6 +180,8 @@ def _filled(row: Mapping[str, object]) -> str:
 
 def _text(text: object, row: Mapping[str, object], fault: Say) -> str:
     if isinstance(text, str):
+        if not text.isascii() and _HALF_CHARACTER.search(text):
+            fault(_("the text has half a character in it, such as \\ud83d alone: type it again"))
         return clean_text(text)
     if text is None:
         fault(
