@@ -282,8 +282,8 @@ def test_the_exact_one_of_two_ways_to_name_recordings_is_needed() -> None:
     for wrong in ({}, {"audio_path": "a.wav", "audio_list": "l.txt"}):
         with pytest.raises(ValidationError, match="either audio_path"):
             TranscribeConfig.model_validate({"model_path": "m"} | wrong)
-    with pytest.raises(ValidationError, match="test_file is needed"):
-        EvaluateConfig.model_validate({"model_path": "m"})
+    with pytest.raises(ValidationError, match="dataset_dir, which is missing"):
+        EvaluateConfig.model_validate({"model_path": "m", "json_file": "labels.json"})
     EvaluateConfig.model_validate({"model_path": "m", "dataset_dir": "d", "json_file": "test.json"})
 
 

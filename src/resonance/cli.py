@@ -55,7 +55,9 @@ def unknown(name: str, known: Sequence[str] | dict[str, Command]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     text = _("{name} is not a command.").format(name=name)
     return f"{text} " + (
-        _("Did you mean {near}?").format(near=near[0]) if near else _("Commands: {names}.").format(names=", ".join(known))
+        _("Did you mean {near}?").format(near=near[0])
+        if near
+        else _("Commands: {names}.").format(names=", ".join(known))
     )
 
 

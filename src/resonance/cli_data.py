@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
         """Flags are accepted with `-` for `_` too, as everywhere."""
-        return super().add_argument(*dict.fromkeys([*names, *(n.replace("_", "-") for n in names if n[0] == "-")]), **options)
+        return super().add_argument(
+            *dict.fromkeys([*names, *(n.replace("_", "-") for n in names if n[0] == "-")]), **options
+        )
 
     def error(self, message: str) -> Any:
         raise ConfigError([f"{self.prog}: {message}"])
@@ -42,7 +44,9 @@ def check(argv: list[str]) -> int:
     from resonance.data.formats import load_manifest
 
     rows = load_manifest(args.path, dataset_dir=args.dataset_dir).utterances
-    other = load_manifest(args.validation_file, dataset_dir=args.dataset_dir).utterances if args.validation_file else None
+    other = (
+        load_manifest(args.validation_file, dataset_dir=args.dataset_dir).utterances if args.validation_file else None
+    )
     console = Console()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(_("checking"), total=len(rows) + len(other or []))
@@ -71,7 +75,9 @@ def token_counter(model: str | None) -> Callable[[str], int] | None:
 
 
 def convert(argv: list[str]) -> int:
-    parser = Parser("resonance data convert", _("Any audio or video to 16 kHz mono WAV. The originals stay as they are."))
+    parser = Parser(
+        "resonance data convert", _("Any audio or video to 16 kHz mono WAV. The originals stay as they are.")
+    )
     parser.add_argument("source", type=Path, metavar="IN", help=_("file or folder"))
     parser.add_argument("target", type=Path, metavar="OUT", help=_("folder for the WAV files"))
     parser.add_argument("--workers", type=int, help=_("processes (one for each processor)"))

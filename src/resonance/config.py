@@ -111,6 +111,11 @@ def _default_eval_strategy(data: dict[str, Any]) -> Literal["steps", "no"]:
     return "steps" if data.get("validation_file") or data.get("validation_split") else "no"
 
 
+def _default_warmup(data: Mapping[str, Any]) -> float:
+    steps = data.get("max_steps")
+    return min(50, steps // 10) if steps else 0.1
+
+
 def _default_eval_steps(data: dict[str, Any]) -> int:
     return min(100, data.get("max_steps") or 100)
 
@@ -238,8 +243,9 @@ class TrainConfig(BaseModel):
     """How far one update goes at its largest. Left out, 0.001 for lora and 0.00001 otherwise."""
     lr_scheduler_type: HuggingFaceChoice = "linear"
     """How the learning rate falls after the warm-up: linear, cosine, constant_with_warmup or another of transformers."""
-    warmup_steps: float = Field(50, ge=0)
-    """Updates during which the learning rate rises to its largest value; below 1, a share of all updates."""
+    warmup_steps: float = Field(default_factory=_default_warmup, ge=0)
+    """Updates during which the learning rate rises to its largest value; below 1, a share of all updates. Left out, 50,
+    or a tenth of all updates if that is less or num_train_epochs counts."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """Pull of the weights towards zero, against overfitting."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -380,19 +386,19 @@ class EvaluateConfig(BaseModel):
     """How much audio the model looks at. Left out, what the model was trained with, else full."""
 
     test_file: AnyPath | None = None
-    """Recordings and transcripts to measure on, kept out of training. Needed, unless dataset_dir and json_file are
-    given."""
+    """Recordings and transcripts to measure on, kept out of training. Left out, those that the run of model_path held
+    out."""
     dataset_dir: AnyPath | None = None
     """Folder with the recordings, for paths that are not found beside the file that lists them."""
     json_file: str | None = Field(None, min_length=1)
     """Name of the file inside dataset_dir that lists recordings and transcripts, in place of test_file."""
     train_file: AnyPath | None = None
-    """The training data, to tell phrases that were trained from new ones."""
+    """The training data, to tell phrases that were trained from new ones. Left out, the rows that the run trained on."""
     max_eval_samples: Count | None = None
     """Measure on at most so many recordings. Left out, on all."""
 
     output_dir: AnyPath | None = None
-    """Folder for the report. Left out, the folder evaluation beside the model."""
+    """Folder for the report. Left out, the run folder, or `evaluation` where the model lies in none."""
     bootstrap_samples: int = Field(1000, ge=100, le=1_000_000)
     """Random draws behind each interval of 95 %."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -400,7 +406,9 @@ class EvaluateConfig(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> EvaluateConfig:
-        problems = [*source_problems("test_file", self.test_file, self.dataset_dir, self.json_file)]
+        problems: list[Problem] = []
+        if self.test_file or self.json_file:  # left out, the rows that the run held out
+            problems += source_problems("test_file", self.test_file, self.dataset_dir, self.json_file)
         if problems:
             raise _disagreement(problems)
         return self

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
-from resonance.config import TrainConfig, effective_batch, effective_batch_warning
+from resonance.config import TrainConfig, effective_batch, batch_warning
 from resonance.config_io import dump_yaml
 from resonance.data.augment import Augmentation
 from resonance.data.batches import AudioContext, ClipDataset, Collator
@@ -178,7 +178,7 @@ def announce(
         ),
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    warning = effective_batch_warning(config, devices)
+    warning = batch_warning(config, devices)
     if warning:
         console.print(warning, style="yellow", soft_wrap=True)
     if not rows.held_out:

@@ -4,8 +4,11 @@ The collator that most Whisper projects copy strips the first label when it equa
 that is `<|endoftext|>`, so `<|startoftranscript|>` is never stripped and the model is trained on it twice. Here both
 sequences are written out:
 
-    decoder input   <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|> text …
-    label           <|en|> <|transcribe|> <|notimestamps|> text … <|endoftext|>
+    decoder input   <|startoftranscript|> <|en|>  <|transcribe|> <|notimestamps|> text …
+    label           -100                  -100    -100           text …           <|endoftext|>
+
+The loss stays on what the decoder has to answer. Language, task and timestamp mode are given to it, in training as in
+transcription; on phrases of two or three tokens they would be half of the loss.
 
 English-only models (`.en`) have no language and task tokens. Ids differ between Whisper's versions, so every special
 token is looked up by its string.
@@ -109,7 +112,8 @@ class LabelTokenizer:
                     "Cut the recording into shorter ones."
                 ).format(row=utterance.row, audio=utterance.audio, found=len(ids), most=self.max_label_tokens)
             )
-        return TokenPair(ids, [*ids[1:], self.special("<|endoftext|>")])
+        answer = [*body, self.special("<|endoftext|>")]
+        return TokenPair(ids, [IGNORED_LABEL] * (len(prompt) - 1) + answer)
 
     def count(self, text: str, language: str | None = None) -> int:
         """Tokens that a label with this text takes, special tokens included."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -29,7 +31,8 @@ def add_lora(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_targets(target_modules), bias="none"
     )
     try:
-        return get_peft_model(model, config)
+        with quiet_peft():
+            return get_peft_model(model, config)
     except ValueError as error:
         names = sorted(
             {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -41,6 +44,14 @@ def add_lora(
                 )
             ]
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5.23 calls deprecated; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _targets(target_modules: Sequence[str]) -> str | list[str]:

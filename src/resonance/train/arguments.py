@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 
 from resonance.config import TrainConfig
+from resonance.errors import ConfigError
+from resonance.messages import _
 from resonance.model.precision import Precision
 
 METRIC_OF_UNIT = {"char": "cer", "word": "wer", "mixed": "mer"}
@@ -24,6 +27,15 @@ def training_arguments(
     """Arguments for Trainer. `metric` is None when nothing is held out."""
     per_epoch = max(-(-train_rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)), 1)
     steps = config.max_steps or max(round(per_epoch * (config.num_train_epochs or 0)), 1)
+    if config.warmup_steps >= max(steps, 2):
+        raise ConfigError(
+            [
+                _(
+                    "warmup_steps {warmup:g} is not below the {steps} steps of this training: the learning rate would never "
+                    "reach its value. Give --warmup_steps 0.1 for a tenth of all steps."
+                ).format(warmup=config.warmup_steps, steps=steps)
+            ]
+        )
     evaluates = metric is not None and config.eval_strategy != "no"
     strategy = config.eval_strategy if config.eval_strategy != "no" else "steps"
     eval_steps = min(config.eval_steps, steps)
@@ -45,10 +57,11 @@ def training_arguments(
         seed=config.seed,
         fp16=precision == "fp16",
         bf16=precision == "bf16",
-        gradient_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing=config.gradient_checkpointing,
         # The reentrant kind needs inputs that require gradients, which a frozen encoder's do not.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         dataloader_num_workers=config.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # our batches are not columns of a data set
         label_names=["labels"],
         predict_with_generate=True,

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import PrinterCallback, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from resonance.data.batches import ClipDataset, LengthGroupedSampler
@@ -67,6 +67,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.keep_checkpoints = keep_checkpoints
         self.metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         self.meter = Meter(group)
+        self.remove_callback(PrinterCallback)  # our progress line says it in words
         self.add_callback(_Epochs(self.sampler))
 
     def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:

@@ -81,7 +81,9 @@ def list_audio(audio_path: Path | None, audio_list: Path | None) -> list[Path]:
     text = read_text(audio_list)
     if text.lstrip().startswith("["):
         try:
-            names = [row if isinstance(row, str) else (row.get("audio_path") or row["audio"]) for row in json.loads(text)]
+            names = [
+                row if isinstance(row, str) else (row.get("audio_path") or row["audio"]) for row in json.loads(text)
+            ]
         except (json.JSONDecodeError, AttributeError, KeyError) as error:
             raise DataError(
                 _("{path}: not a JSON list of paths or of rows with audio_path: {reason}").format(

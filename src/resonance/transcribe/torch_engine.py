@@ -20,6 +20,7 @@ from resonance.errors import ModelError
 from resonance.messages import _
 from resonance.model import adapters
 from resonance.model.load import Whisper, choose_device, load_whisper
+from resonance.model.lora import quiet_peft
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
 from resonance.units import SAMPLE_RATE, TIMESTAMP_STEP_SECONDS
 
@@ -257,7 +258,8 @@ def attach(model: Any, folder: Path) -> Any:
     from resonance.errors import AdapterError
 
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # PEFT and safetensors raise many kinds for a damaged file
         raise AdapterError(
             _("The adapter {folder} cannot be read: {reason}. Copy the folder again.").format(

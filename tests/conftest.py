@@ -1,0 +1,141 @@
+"""A tiny random Whisper and made-up recordings; real ones where they lie beside the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+os.environ["RESONANCE_LANG"] = "en"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a model hub for anything
+
+LANGUAGES = ("en", "zh", "de")
+
+
+def shared_folder() -> Path:
+    given = os.environ.get("RESONANCE_SHARED")
+    return Path(given) if given else Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real recordings and checkpoints; the test is skipped where there is none."""
+    folder = shared_folder()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real recordings here: {folder.name}/data beside the repository, or RESONANCE_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model(shared: Path) -> Path:
+    folder = shared / "models" / "whisper-base-words"
+    if not folder.is_dir():
+        pytest.skip("no real checkpoint here: models/whisper-base-words")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a multilingual Whisper with random weights: 2+2 layers, 32 wide, bytes as tokens, 30 s window."""
+    return build_tiny_whisper(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def build_tiny_whisper(folder: Path, *, seed: int = 0, n_mels: int = 80, multilingual: bool = True) -> Path:
+    """Write a random Whisper checkpoint with everything a real one has. Different seeds give different weights."""
+    import torch
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    characters = list(bytes_to_unicode().values())
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    vocabulary["<|endoftext|>"] = len(vocabulary)
+    specials = ["<|startoftranscript|>"]
+    specials += [f"<|{code}|>" for code in LANGUAGES] if multilingual else []
+    specials += [
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|startoflm|>",
+        "<|startofprev|>",
+        "<|nospeech|>",
+        "<|notimestamps|>",
+    ]
+    specials += [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_tokens(specials, special_tokens=True)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ["<|endoftext|>", *specials]}
+
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=n_mels,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|endoftext|>"],
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+    )
+    model = WhisperForConditionalGeneration(config)
+    settings = dict(
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        prev_sot_token_id=ids["<|startofprev|>"],
+        max_initial_timestamp_index=50,
+        max_length=448,
+        is_multilingual=multilingual,
+        return_timestamps=False,
+    )
+    if multilingual:
+        settings |= dict(
+            lang_to_id={f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES},
+            task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        )
+    model.generation_config = GenerationConfig(**settings)
+    # A config-made model drops its language ids on reload otherwise.
+    model.generation_config._from_model_config = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a data folder: `recordings(count=12, seconds=(0.5, 1.5))` returns its labels.json."""
+
+    def write(count: int = 12, seconds: tuple[float, float] = (0.4, 1.2), name: str = "recordings") -> Path:
+        folder = tmp_path / name
+        (folder / "audio").mkdir(parents=True)
+        random = np.random.default_rng(0)
+        rows = []
+        for i in range(count):
+            text = f"phrase {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i // 26}"
+            samples = int(16_000 * random.uniform(*seconds))
+            tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * np.arange(samples) / 16_000)
+            audio = f"audio/{i:03}_{text.replace(' ', '_')}.wav"
+            soundfile.write(folder / audio, tone + 0.01 * random.standard_normal(samples), 16_000)
+            rows.append({"audio": audio, "text": text})
+        labels = folder / "labels.json"
+        labels.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        return labels
+
+    return write
