@@ -92,23 +92,23 @@ def build_tiny_whisper(folder: Path, *, seed: int = 0, n_mels: int = 80, multili
         decoder_start_token_id=ids["<|startoftranscript|>"],
     )
     model = WhisperForConditionalGeneration(config)
-    settings = dict(
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|endoftext|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        decoder_start_token_id=ids["<|startoftranscript|>"],
-        no_timestamps_token_id=ids["<|notimestamps|>"],
-        prev_sot_token_id=ids["<|startofprev|>"],
-        max_initial_timestamp_index=50,
-        max_length=448,
-        is_multilingual=multilingual,
-        return_timestamps=False,
-    )
+    settings = {
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "prev_sot_token_id": ids["<|startofprev|>"],
+        "max_initial_timestamp_index": 50,
+        "max_length": 448,
+        "is_multilingual": multilingual,
+        "return_timestamps": False,
+    }
     if multilingual:
-        settings |= dict(
-            lang_to_id={f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES},
-            task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
-        )
+        settings |= {
+            "lang_to_id": {f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES},
+            "task_to_id": {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        }
     model.generation_config = GenerationConfig(**settings)
     # A config-made model drops its language ids on reload otherwise.
     model.generation_config._from_model_config = False

@@ -100,7 +100,7 @@ def with_saved_settings(argv: list[str]) -> list[str]:
     if "resume" not in flags and "resume=true" not in (f.lower() for f in flags):
         return argv
     for i, flag in enumerate(flags):
-        name, _equals, value = argv[i].partition("=")
+        _name, _equals, value = argv[i].partition("=")
         if flag.startswith("output_dir"):
             folder = value or (argv[i + 1] if i + 1 < len(argv) else "")
             saved = Path(folder) / "config.yaml"

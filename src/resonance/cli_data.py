@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Flags are accepted with `-` for `_` too, as everywhere."""
         return super().add_argument(
             *dict.fromkeys([*names, *(n.replace("_", "-") for n in names if n[0] == "-")]), **options
@@ -111,7 +111,7 @@ def split(argv: list[str]) -> int:
 
     rows = load_manifest(args.path, dataset_dir=args.dataset_dir).utterances
     train, validation = split(rows, eval_fraction=args.validation_split, by=args.split_by, seed=args.seed)
-    for name, part in (("train.json", train), ("validation.json", validation)):
+    for name in ("train.json", "validation.json"):
         if (args.out / name).exists():
             raise DataError(_("{path} is there already. Choose another folder.").format(path=args.out / name))
     for name, part in (("train.json", train), ("validation.json", validation)):

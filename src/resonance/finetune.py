@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 
-from resonance.config import TrainConfig, effective_batch, batch_warning
+from resonance.config import TrainConfig, batch_warning, effective_batch
 from resonance.config_io import dump_yaml
 from resonance.data.augment import Augmentation
 from resonance.data.batches import AudioContext, ClipDataset, Collator
-from resonance.data.writing import write_manifest
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
+from resonance.data.writing import write_manifest
 from resonance.errors import Interrupted
 from resonance.evaluate.metrics import score
 from resonance.evaluate.normalize import normalizer_for

@@ -55,17 +55,18 @@ class AudioContext:
         """Encoder positions (50 a second) for a batch whose longest clip has this many seconds."""
         if self.length == "full":
             return self.window_positions
-        seconds = self.length
-        if seconds == "auto":
+        if self.length == "auto":
             wanted = clip_seconds + self.margin_seconds
             seconds = next((s for s in CONTEXT_SECONDS if s >= wanted), CONTEXT_SECONDS[-1])
+        else:
+            seconds = self.length
         return min(round(seconds * POSITIONS_PER_SECOND), self.window_positions)
 
 
 class Draw(NamedTuple):
     """One clip of one epoch: its row, and the seed of what augmentation does to it there."""
 
-    index: int
+    row: int
     seed: int
 
 

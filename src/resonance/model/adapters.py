@@ -17,7 +17,7 @@ from resonance.errors import AdapterError
 from resonance.messages import _
 
 INFO_FILE = "resonance.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 
 class Info(BaseModel):

@@ -237,7 +237,7 @@ def _quiet_hub() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     model_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model_logging.disable_progress_bar()
     try:
         yield

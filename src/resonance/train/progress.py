@@ -147,8 +147,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
                 signal.raise_signal(number)
             self.received = number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            before[wanted] = signal.signal(wanted, handle)
         try:
             yield
         finally:

@@ -219,7 +219,7 @@ def peak_rss() -> float:
     """The largest resident set this process ever had, in bytes."""
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
-        return float(memory.peak_wset)
+        return float(memory.peak_wset)  # type: ignore[attr-defined]
     import resource
     import sys
 

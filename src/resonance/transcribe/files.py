@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resonance.data.audio import read_audio
-from resonance.data.convert import MEDIA_SUFFIXES
+from resonance.data.convert import MEDIA_SUFFIX
 from resonance.data.textfile import lines, read_text
 from resonance.errors import AudioError, DataError
 from resonance.messages import _
@@ -73,7 +73,7 @@ def list_audio(audio_path: Path | None, audio_list: Path | None) -> list[Path]:
     if audio_path is not None:
         if not audio_path.is_dir():
             return [audio_path]
-        found = sorted(p for p in audio_path.rglob("*") if p.is_file() and p.suffix.lower() in MEDIA_SUFFIXES)
+        found = sorted(p for p in audio_path.rglob("*") if p.is_file() and MEDIA_SUFFIX.fullmatch(p.suffix))
         if not found:
             raise DataError(_("{path}: no audio files in this folder.").format(path=audio_path))
         return found

@@ -40,7 +40,9 @@ class Transcript:
 class Recognizer(Protocol):
     """A loaded model."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What was loaded: a hub name or a folder."""
 
     @property
     def max_clip_seconds(self) -> float:
