@@ -25,7 +25,7 @@ from resonance.model.precision import DTYPES, training_precision
 from resonance.train import progress
 from resonance.train.arguments import best_metric, training_arguments
 from resonance.train.result import save_result, versions
-from resonance.train.rows import Rows, check_labels, fingerprint, guess_language, read_rows
+from resonance.train.rows import Rows, check_labels, fingerprint, guess_language, read_rows, single_language
 from resonance.train.trainer import WhisperTrainer
 
 
@@ -39,6 +39,8 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     with lock:
         rows = read_rows(config, console)
         language = config.language or guess_language([*rows.train, *rows.held_out])
+        # Rows may name their own; None means several, which are told apart when transcribing.
+        only = single_language([*rows.train, *rows.held_out], language)
         whisper = load(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
         tokenizer = LabelTokenizer(
             whisper.tokenizer, whisper.multilingual, language, config.task, whisper.max_label_tokens
@@ -48,15 +50,15 @@ def finetune(config: TrainConfig, console: Console) -> Path:
         set_seed(config.seed)
         model = choose_weights(whisper, config)
         context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
-        trainer = build_trainer(config, run, rows, whisper, model, tokenizer, context)
-        announce(config, rows, language, model, trainer, console)
+        trainer = build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
+        announce(config, rows, only, model, trainer, console)
         dump_yaml(config, run.config)
         write_manifest(run.train_rows, rows.train)
         if rows.held_out:
             write_manifest(run.held_out_rows, rows.held_out)
         train(trainer, run, console)
 
-        info = describe(config, rows, whisper, trainer, language)
+        info = describe(config, rows, whisper, trainer, only)
         name = "adapter" if info.kind == "lora" else "model"
         return save_result(run.path / name, whisper, trainer.model, info)
 
@@ -98,6 +100,7 @@ def build_trainer(
     model: Any,
     tokenizer: LabelTokenizer,
     context: AudioContext,
+    language: str | None,
 ) -> WhisperTrainer:
     """Rows, collator, arguments, metrics and callbacks put together."""
     augmentation = Augmentation(
@@ -108,7 +111,7 @@ def build_trainer(
         mask_feature_prob=config.mask_feature_prob if config.apply_spec_augment else 0.0,
         mask_feature_length=config.mask_feature_length,
     )
-    metric = best_metric(config, normalizer_for(tokenizer.language).unit)
+    metric = best_metric(config, normalizer_for(language).unit)
     precision = training_precision(config.precision, whisper.model.device)
     eos = whisper.tokenizer.eos_token_id
 
@@ -123,7 +126,7 @@ def build_trainer(
             return [text.strip() for text in decoded]
 
         references, hypotheses = texts(prediction.label_ids), texts(prediction.predictions)
-        scores = score(list(zip(references, hypotheses, strict=True)), tokenizer.language)
+        scores = score(list(zip(references, hypotheses, strict=True)), language)
         names = ("wer", "cer", "mer", "exact_phrase_accuracy", "repetition_rate")
         return {name: rate.value for name in names if (rate := getattr(scores, name)).value is not None} | {
             "utterances": len(references)
@@ -154,14 +157,14 @@ def build_trainer(
 
 
 def announce(
-    config: TrainConfig, rows: Rows, language: str, model: Any, trainer: WhisperTrainer, console: Console
+    config: TrainConfig, rows: Rows, language: str | None, model: Any, trainer: WhisperTrainer, console: Console
 ) -> None:
     """What is about to be trained, on what, and how."""
     trainable, total = lora.trainable_share(model)
     devices = trainer.args.world_size
     lines = [
         _("Recordings: {train} to train on ({hours:.2f} h), {held_out} held out · language {language}").format(
-            train=len(rows.train), hours=rows.hours, held_out=len(rows.held_out), language=language
+            train=len(rows.train), hours=rows.hours, held_out=len(rows.held_out), language=language or _("several")
         ),
         _("Model: {name} on {device}; {trainable:,} of {total:,} parameters are trained ({share:.2%})").format(
             name=config.model_name_or_path,
@@ -210,7 +213,7 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
 
 
 def describe(
-    config: TrainConfig, rows: Rows, whisper: Whisper, trainer: WhisperTrainer, language: str
+    config: TrainConfig, rows: Rows, whisper: Whisper, trainer: WhisperTrainer, language: str | None
 ) -> adapters.Info:
     """What `resonance.json` says of the result."""
     durations = [row.duration or 0.0 for row in rows.train]

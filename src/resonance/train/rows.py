@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from resonance.data.manifest import Utterance
 from resonance.data.split import split
 from resonance.data.tokens import LabelTokenizer
 from resonance.errors import DataError
+from resonance.languages import language_code
 from resonance.messages import _
 
 SHOWN = 5  # left-out rows that are named on the screen
@@ -39,9 +40,10 @@ def read_rows(config: TrainConfig, console: Console) -> Rows:
     Raises DataError listing every file that is missing or unreadable. Clips outside the length limits are left out and
     named.
     """
-    train = usable(_manifest(config.train_file, config), config, console)
+    train = settle_languages(usable(_manifest(config.train_file, config), config, console), config.language)
     if config.validation_file:
         held_out = usable(_manifest(config.validation_file, config), config, console)
+        held_out = settle_languages(held_out, config.language)
     elif config.validation_split:
         train, held_out = split(train, eval_fraction=config.validation_split, by=config.split_by, seed=config.seed)
     else:
@@ -96,11 +98,42 @@ def usable(rows: Sequence[Utterance], config: TrainConfig, console: Console) -> 
     return kept
 
 
+def settle_languages(rows: Sequence[Utterance], given: str | None) -> list[Utterance]:
+    """Rows with Whisper's code of their own language; with none where `given` (--language) speaks for all.
+
+    Raises DataError naming the rows whose language Whisper does not know.
+    """
+    if given:
+        return [replace(row, language=None) for row in rows]
+    codes: dict[str | None, str | None] = {None: None}
+    faults = []
+    for row in rows:
+        if row.language not in codes:
+            try:
+                codes[row.language] = language_code(row.language or "")
+            except ValueError as error:
+                codes[row.language] = None
+                faults.append(
+                    _("row {row}: language {language}: {reason}").format(
+                        row=row.row, language=repr(row.language), reason=error
+                    )
+                )
+    if faults:
+        raise DataError("\n".join([*faults, _("Correct these rows, or give --language for all of them.")]))
+    return [replace(row, language=codes[row.language]) for row in rows]
+
+
 def guess_language(rows: Sequence[Utterance]) -> str:
     """ "zh" where at least half of the letters are Chinese characters, else "en"."""
     letters = [c for row in rows for c in row.text if c.isalpha()]
     chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
     return "zh" if chinese * 2 >= max(len(letters), 1) else "en"
+
+
+def single_language(rows: Sequence[Utterance], otherwise: str) -> str | None:
+    """The language of all rows, where those that name none are in `otherwise`; None when there are several."""
+    languages = {row.language or otherwise for row in rows}
+    return languages.pop() if len(languages) == 1 else None
 
 
 def check_labels(rows: Sequence[Utterance], tokenizer: LabelTokenizer) -> None:
