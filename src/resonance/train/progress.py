@@ -138,9 +138,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         before: dict[int, Any] = {}
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != owner:  # a DataLoader worker: the main process decides, but a SIGTERM is for it
-                if number == signal.SIGTERM:
-                    os._exit(128 + number)
+            # A DataLoader worker inherits this handler. Schedulers signal whole process groups: the workers go on until
+            # the main process has saved, and end with it.
+            if os.getpid() != owner:
                 return
             if self.received is not None:
                 signal.signal(number, signal.SIG_DFL)
