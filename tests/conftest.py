@@ -45,10 +45,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_whisper(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_model`, with other weights and 128 mel bins."""
+    return build_tiny_whisper(tmp_path_factory.mktemp("model") / "other", seed=1, n_mels=128)
+
+
+@pytest.fixture(scope="session")
+def english_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_model`, English only: no language and task tokens in its prompts."""
+    return build_tiny_whisper(tmp_path_factory.mktemp("model") / "tiny.en", multilingual=False)
+
+
 def build_tiny_whisper(folder: Path, *, seed: int = 0, n_mels: int = 80, multilingual: bool = True) -> Path:
     """Write a random Whisper checkpoint with everything a real one has. Different seeds give different weights."""
     import torch
     from transformers import (
+        AddedToken,
         GenerationConfig,
         WhisperConfig,
         WhisperFeatureExtractor,
@@ -70,9 +83,10 @@ def build_tiny_whisper(folder: Path, *, seed: int = 0, n_mels: int = 80, multili
         "<|nospeech|>",
         "<|notimestamps|>",
     ]
-    specials += [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_tokens(specials, special_tokens=True)
+    # Not special, as in OpenAI's tokenizers: transformers treats them unlike all others.
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", normalized=False, special=False) for i in range(1501)])
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ["<|endoftext|>", *specials]}
 
     torch.manual_seed(seed)

@@ -16,6 +16,7 @@ token is looked up by its string.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,9 @@ class LabelTokenizer:
             return []
         if (language or self.language) not in UNSPACED_LANGUAGES:
             text = " " + text
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return ids
+        # `split_special_tokens` does not reach timestamps, which are not special in OpenAI's tokenizers; a cut does.
+        parts = re.split(r"(?<=<)(?=\|)", text)
+        return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False).input_ids]
 
     def timed_ids(self, segments: Sequence[Segment], language: str | None) -> list[int]:
         """Ids of segments, each between its start and end timestamp; times are rounded to multiples of 0.02 s."""
