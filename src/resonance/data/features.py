@@ -10,7 +10,9 @@ import functools
 
 import torch
 
-from resonance.units import HOP_LENGTH, N_FFT, SAMPLE_RATE
+from resonance.units import HOP_LENGTH, N_FFT, SAMPLE_RATE, WINDOW_SECONDS
+
+WINDOW_SAMPLES = int(WINDOW_SECONDS * SAMPLE_RATE)
 
 
 @functools.cache
@@ -42,11 +44,12 @@ def log_mel(audio: torch.Tensor, frames: int, n_mels: int) -> torch.Tensor:
     Returns float32 [batch, n_mels, frames].
     """
     samples = frames * HOP_LENGTH
-    audio = audio[:, :samples]
-    # The extractor's transform is centred: half a window of mirrored audio before, silence behind.
-    before = torch.nn.functional.pad(audio[:, None, : N_FFT // 2 + 1], (N_FFT // 2, 0), mode="reflect")[:, 0]
-    before = before[:, : N_FFT // 2]
-    padded = torch.cat([before, audio, audio.new_zeros(len(audio), samples - audio.shape[1] + N_FFT // 2)], dim=1)
+    half = N_FFT // 2
+    audio = torch.nn.functional.pad(audio[:, :samples], (0, max(0, samples - audio.shape[1])))
+    # The extractor's transform is centred on 30 s: mirrored audio before and behind them, silence behind a shorter clip.
+    before = audio[:, 1 : half + 1].flip(1)
+    after = audio[:, -half - 1 : -1].flip(1) if samples == WINDOW_SAMPLES else audio.new_zeros(len(audio), half)
+    padded = torch.cat([before, audio, after], dim=1)
     spectrum = torch.stft(padded, N_FFT, HOP_LENGTH, window=hann_window(), center=False, return_complex=True)
     power = spectrum[..., :frames].abs() ** 2  # [batch, 201, frames]
     mel = mel_filters(n_mels) @ power  # [batch, n_mels, frames]
