@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,11 +144,14 @@ def data(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("resonance doctor", description=_("Show what this installation can do."))
-    parser.parse_args(argv)
+    from resonance.cli_data import Parser
+
+    parser = Parser("resonance doctor", _("Show what this installation can do."))
+    parser.add_argument("--hub", action="store_true", help=_("try to reach the model hub"))
+    args = parser.parse_args(argv)
     from resonance.doctor import print_report
 
-    return print_report()
+    return print_report(ask_hub=args.hub)
 
 
 COMMANDS: dict[str, Command] = {
