@@ -68,6 +68,7 @@ class Draw(NamedTuple):
 
     row: int
     seed: int
+    counts: bool = True  # False: only there so that all processes have a batch; nothing is learnt from it
 
 
 class Clip(NamedTuple):
@@ -99,7 +100,7 @@ class ClipDataset(Dataset[Clip]):
         return len(self.rows)
 
     def __getitem__(self, draw: Draw | int) -> Clip:
-        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
+        index, seed, counts = draw if isinstance(draw, tuple) else Draw(draw, 0)
         row = self.rows[index]
         random = np.random.default_rng((seed, index))
         # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
@@ -108,6 +109,8 @@ class ClipDataset(Dataset[Clip]):
         if self.augmentation and not timestamps:
             audio = vary_clip(audio, self.augmentation, random)
         tokens = self.tokenizer.encode(row, timestamps=timestamps)
+        if not counts:
+            tokens = TokenPair(tokens.decoder_input_ids, [IGNORED_LABEL] * len(tokens.labels))
         return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)))
 
 
@@ -116,13 +119,17 @@ class LengthGroupedSampler(Sampler[Draw]):
 
     A group holds the samples of one optimiser step however they are divided into accumulation steps and processes, so
     8x1, 4x2 and two processes with 4 each see the same ones. The order depends only on `seed` and the epoch.
+
+    `together` is the number of clips that all processes read at once. Where the last of them are missing, draws that do
+    not count fill up: accelerate would give some rows a second time.
     """
 
     mixing = 0.1  # lengths are compared with +-10 % noise: neighbours change from epoch to epoch
 
-    def __init__(self, durations: Sequence[float], group_size: int, seed: int) -> None:
+    def __init__(self, durations: Sequence[float], group_size: int, seed: int, together: int = 1) -> None:
         self.durations = np.asarray(durations, dtype=np.float64)
         self.group_size = group_size
+        self.together = together
         self.seed = seed
         self.epoch = 0
 
@@ -130,7 +137,7 @@ class LengthGroupedSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.durations)
+        return -(-len(self.durations) // self.together) * self.together
 
     def __iter__(self) -> Iterator[Draw]:
         random = np.random.default_rng((self.seed, self.epoch))
@@ -151,6 +158,8 @@ class LengthGroupedSampler(Sampler[Draw]):
         clip_seed = int(random.integers(2**31))
         for index in itertools.chain.from_iterable([*shuffled, incomplete]):
             yield Draw(int(index), clip_seed)
+        for _filler in range(len(self) - len(order)):
+            yield Draw(int(incomplete[0]), clip_seed, counts=False)
 
 
 @dataclass(frozen=True, slots=True)

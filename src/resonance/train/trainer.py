@@ -60,7 +60,8 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         )
         world = self.args.world_size
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * world
-        self.sampler = LengthGroupedSampler(train_durations, group, self.args.seed)
+        together = self.args.train_batch_size * world if world > 1 else 1
+        self.sampler = LengthGroupedSampler(train_durations, group, self.args.seed, together)
         self.prompt_length = prompt_length
         self.num_beams = num_beams
         self.max_length = max_length
