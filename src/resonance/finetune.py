@@ -27,6 +27,7 @@ from resonance.train.arguments import best_metric, training_arguments
 from resonance.train.result import save_result, versions
 from resonance.train.rows import Rows, check_labels, fingerprint, guess_language, read_rows, single_language
 from resonance.train.trainer import WhisperTrainer
+from resonance.units import WINDOW_SECONDS
 
 
 def finetune(config: TrainConfig, console: Console) -> Path:
@@ -105,6 +106,7 @@ def build_trainer(
     """Rows, collator, arguments, metrics and callbacks put together."""
     augmentation = Augmentation(
         speed=config.speed_perturbation,
+        max_seconds=context.length - context.margin_seconds if isinstance(context.length, float) else WINDOW_SECONDS,
         gain_db=config.gain_db,
         mask_time_prob=config.mask_time_prob if config.apply_spec_augment else 0.0,
         mask_time_length=config.mask_time_length,

@@ -12,7 +12,7 @@ import numpy as np
 import soxr
 import torch
 
-from resonance.units import SAMPLE_RATE
+from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Augmentation:
     """How much may change. Zeros leave the clips as they are."""
 
     speed: float = 0.0  # 0.1: between 90 % and 110 % of the speed, pitch included
+    max_seconds: float = WINDOW_SECONDS  # no clip is slowed down beyond what the encoder sees
     gain_db: float = 0.0  # 6: between -6 dB and +6 dB
     mask_time_prob: float = 0.0  # share of a clip's frames that SpecAugment masks
     mask_time_length: int = 10  # frames of one time mask
@@ -30,7 +31,8 @@ class Augmentation:
 def vary_clip(audio: np.ndarray, amount: Augmentation, random: np.random.Generator) -> np.ndarray:
     """Speed and level of one clip, float32 [samples] to float32 [other samples], peaks kept below full scale."""
     if amount.speed:
-        factor = 1.0 + random.uniform(-amount.speed, amount.speed)
+        slowest = max(1.0 - amount.speed, min(len(audio) / (amount.max_seconds * SAMPLE_RATE), 1.0))
+        factor = random.uniform(slowest, 1.0 + amount.speed)
         audio = soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE)
     if amount.gain_db:
         gain = 10 ** (random.uniform(-amount.gain_db, amount.gain_db) / 20)
