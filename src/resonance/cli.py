@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from resonance import __version__
 from resonance.config import EvaluateConfig, TrainConfig, TranscribeConfig
 from resonance.config_io import parse
-from resonance.errors import ConfigError, ResonanceError
+from resonance.errors import ConfigError, Interrupted, ResonanceError
 from resonance.messages import _
+from resonance.passthrough import FALSE_WORDS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Command = Callable[[list[str]], int]
 
@@ -18,19 +29,48 @@ Command = Callable[[list[str]], int]
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code. Errors of ours become one message on stderr."""
     try:
-        return dispatch(argv)
+        with stopping_on_sigterm():
+            return dispatch(argv)
     except ResonanceError as error:
         return report_error(error)
     except KeyboardInterrupt:
         print(_("Stopped."), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `resonance … | head`
+        # Python flushes stdout once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def report_error(error: ResonanceError) -> int:
-    print(_("Error: {message}").format(message=error), file=sys.stderr)
+    text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
+    print(text, file=sys.stderr)
     return error.exit_code
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is half-written is removed on the way out. A second one kills."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(_("Stopped."), number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def plain_console() -> Console:
+    """A console that prints paths and transcripts as they are: `[b]` and `:smile:` in them mean nothing."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -78,49 +118,53 @@ def overview() -> str:
 
 def train(argv: list[str]) -> int:
     config = parse(TrainConfig, with_saved_settings(argv), "resonance train")
-    from rich.console import Console
-
     from resonance.finetune import finetune
+    from resonance.model.runs import RunFolder
 
-    console = Console()
+    console = plain_console()
     folder = finetune(config, console)
-    console.print(_("The result is in {folder}. Next:").format(folder=folder), highlight=False, soft_wrap=True)
+    console.print(_("The result is in {folder}. Next:").format(folder=folder), soft_wrap=True)
+    run = shlex.quote(str(config.output_dir))
+    test = "" if RunFolder(config.output_dir).held_out_rows.exists() else " --test_file labels.json"
     for command in (
-        f"resonance evaluate --model_path {config.output_dir}",
-        f"resonance transcribe --model_path {config.output_dir} --audio_path recording.wav",
+        f"resonance evaluate --model_path {run}{test}",
+        f"resonance transcribe --model_path {run} --audio_path recording.wav",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
     return 0
 
 
 def with_saved_settings(argv: list[str]) -> list[str]:
     """`--resume --output_dir RUN` alone takes the other settings from RUN/config.yaml."""
-    flags = [a.replace("-", "_").lstrip("_") for a in argv]
-    if "resume" not in flags and "resume=true" not in (f.lower() for f in flags):
+    given: dict[str, str] = {}
+    for i, flag in enumerate(argv):
+        if flag.startswith("--"):
+            name, equals, value = flag[2:].partition("=")
+            after = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
+            given[name.replace("-", "_")] = value if equals else after
+    resumes = {"resume", "resume_from_checkpoint"} & given.keys()
+    if not given.get("output_dir") or all(given[name].lower() in FALSE_WORDS for name in resumes):
         return argv
-    for i, flag in enumerate(flags):
-        _name, _equals, value = argv[i].partition("=")
-        if flag.startswith("output_dir"):
-            folder = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            saved = Path(folder) / "config.yaml"
-            return ["--config", str(saved), *argv] if folder and saved.is_file() else argv
-    return argv
+    saved = Path(given["output_dir"]).expanduser() / "config.yaml"
+    if not saved.is_file():
+        return argv
+    # max_steps wins over num_train_epochs, and the saved settings always have one of the two.
+    by_epochs = ["--max_steps=-1"] if "num_train_epochs" in given and "max_steps" not in given else []
+    return ["--config", str(saved), *by_epochs, *argv]
 
 
 def evaluate(argv: list[str]) -> int:
     config = parse(EvaluateConfig, argv, "resonance evaluate")
-    from rich.console import Console
-
     from resonance.evaluate.evaluation import evaluate
     from resonance.evaluate.results import format_table, lead_sentence, verdict
 
-    console = Console()
+    console = plain_console()
     report, folder = evaluate(config, console)
     console.print(format_table(report))
     for group in report.groups:
-        console.print(lead_sentence(group), highlight=False, soft_wrap=True)
-    console.print(verdict(report.groups[0])[1], highlight=False, soft_wrap=True)
-    console.print(_("Report: {path}").format(path=folder / "report.html"), highlight=False, soft_wrap=True)
+        console.print(lead_sentence(group), soft_wrap=True)
+    console.print(verdict(report.groups[0])[1], soft_wrap=True)
+    console.print(_("Report: {path}").format(path=folder / "report.html"), soft_wrap=True)
     return 0
 
 

@@ -47,7 +47,7 @@ def check(argv: list[str]) -> int:
     other = (
         load_manifest(args.validation_file, dataset_dir=args.dataset_dir).utterances if args.validation_file else None
     )
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # a path may have [brackets] in it
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(_("checking"), total=len(rows) + len(other or []))
         report = check(
@@ -60,7 +60,7 @@ def check(argv: list[str]) -> int:
     console.print(format_report(report))
     if args.fix:
         for path in write_fixed(report, args.fix):
-            console.print(_("Written: {path}").format(path=path), highlight=False, soft_wrap=True)
+            console.print(_("Written: {path}").format(path=path), soft_wrap=True)
     return 1 if report.loses_rows else 0
 
 
