@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from resonance.config import TrainConfig
+from resonance.data.textfile import write_text_atomic
 from resonance.errors import MissingExtraError
 from resonance.messages import _
 from resonance.model.runs import RunFolder, read_events
@@ -31,12 +32,10 @@ class EventLog(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        rows = read_events(self.path)
-        kept = [row for row in rows if row["step"] <= state.global_step]
-        if len(kept) < len(rows):
-            temporary = self.path.with_suffix(".part")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.path)
+        kept = [json.dumps(row) + "\n" for row in read_events(self.path) if row["step"] <= state.global_step]
+        # Not only when rows are dropped: the next row would go into a last line that a kill has torn.
+        if "".join(kept) != self.path.read_text(encoding="utf-8"):
+            write_text_atomic(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
