@@ -141,9 +141,11 @@ def check_labels(rows: Sequence[Utterance], tokenizer: LabelTokenizer) -> None:
     problems = []
     for row in rows:
         # A token is at least a byte, so only long texts need to be tokenised.
-        if len(row.text.encode()) + len(row.segments) * 2 + 8 > tokenizer.max_label_tokens:
+        timed = sum(len(segment.text.encode()) + 3 for segment in row.segments)
+        if max(len(row.text.encode()), timed) + 8 > tokenizer.max_label_tokens:
             try:
-                tokenizer.encode(row, timestamps=True)
+                for timestamps in (False, True):
+                    tokenizer.encode(row, timestamps=timestamps)
             except DataError as error:
                 problems.append(str(error))
     if problems:
