@@ -253,16 +253,29 @@ def load_recognizer(
 
 def attach(model: Any, folder: Path) -> Any:
     """`model` with the LoRA adapter of `folder`, in eval mode. Raises AdapterError when the files are damaged."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     from resonance.errors import AdapterError
 
     try:
         with quiet_peft():
-            return PeftModel.from_pretrained(model, str(folder)).eval()
+            tuned = PeftModel.from_pretrained(model, str(folder)).eval()
+            wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+            strays = wanted ^ set(weights.keys())
     except Exception as error:  # PEFT and safetensors raise many kinds for a damaged file
         raise AdapterError(
             _("The adapter {folder} cannot be read: {reason}. Copy the folder again.").format(
                 folder=folder, reason=error
             )
         ) from error
+    # PEFT only warns, and what has no weights would answer as the base model in the adapter's name.
+    if strays:
+        raise AdapterError(
+            _(
+                "The adapter {folder} does not fit together: {count} of its weights are missing or belong to no layer of the "
+                "model (such as {name}). Copy the folder again."
+            ).format(folder=folder, count=len(strays), name=min(strays))
+        )
+    return tuned
