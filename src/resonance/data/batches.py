@@ -60,7 +60,7 @@ class AudioContext:
             seconds = next((s for s in CONTEXT_SECONDS if s >= wanted), CONTEXT_SECONDS[-1])
         else:
             seconds = self.length
-        return min(round(seconds * POSITIONS_PER_SECOND), self.window_positions)
+        return min(max(round(seconds * POSITIONS_PER_SECOND), 1), self.window_positions)
 
 
 class Draw(NamedTuple):
