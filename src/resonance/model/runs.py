@@ -59,7 +59,7 @@ class RunFolder:
         found = [
             (int(match[1]), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / COMPLETE_FILE).is_file()
+            if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and is_complete(folder)
         ]
         return max(found)[1] if found else None
 
@@ -125,12 +125,21 @@ def _conflict(run: RunFolder, resume: bool) -> str:
     return ""
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end and still has all its files, in their sizes."""
+    try:
+        sizes: dict[str, int] = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
 def mark_complete(checkpoint: Path) -> None:
     """Put every file of a checkpoint on the disk, then say so in a file of its own."""
-    names = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    names = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != COMPLETE_FILE)
     for file in names:
         _fsync(file)
-    sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in names}
+    sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in names}
     temporary = checkpoint / f"{COMPLETE_FILE}.part"
     temporary.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     _fsync(temporary)
