@@ -19,7 +19,7 @@ from resonance.data.batches import ClipDataset, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
-from resonance.model.runs import mark_complete
+from resonance.model.runs import is_complete, mark_complete
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -114,6 +114,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         try:
             with self.meter.pausing():
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
                     mark_complete(folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -144,9 +145,9 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         return {**scores, "step": found[-1]["step"]}
 
     def save_now(self) -> Path:
-        """Write a checkpoint of the current step unless there is one, and return its folder."""
+        """Write a checkpoint of the current step unless there is a complete one, and return its folder."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not folder.is_dir():
+        if not is_complete(folder):
             self._save_checkpoint(self.model, None)
         return folder
 
