@@ -15,14 +15,14 @@ from resonance.data.augment import Augmentation
 from resonance.data.batches import AudioContext, ClipDataset, Collator
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
 from resonance.data.writing import write_manifest
-from resonance.errors import Interrupted
+from resonance.errors import Interrupted, RunFolderError
 from resonance.evaluate.metrics import score
 from resonance.evaluate.normalize import normalizer_for
 from resonance.messages import _
 from resonance.model import adapters, lora, runs
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.precision import DTYPES, training_precision
-from resonance.train import progress
+from resonance.train import progress, resume
 from resonance.train.arguments import best_metric, training_arguments
 from resonance.train.result import save_result, versions
 from resonance.train.rows import Rows, check_labels, fingerprint, guess_language, read_rows, single_language
@@ -38,7 +38,12 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     """
     run, lock = runs.claim(config.output_dir, resume=config.resume)
     with lock:
+        resume.check_settings(config, run)
+        if run.result and resume.nothing_left(config, run):
+            console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
+            return run.result
         rows = read_rows(config, console)
+        resume.check_rows(rows, run)
         language = config.language or guess_language([*rows.train, *rows.held_out])
         # Rows may name their own; None means several, which are told apart when transcribing.
         only = single_language([*rows.train, *rows.held_out], language)
@@ -199,9 +204,19 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
         trainer.add_callback(callback)
     with stop.installed():
         try:
-            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            if latest and resume.all_steps_done(trainer, latest):
+                resume.finish(trainer, latest)
+            else:
+                trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except progress.StopNow:
             pass  # the signal came while evaluating; the step before it is done
+        except OSError as error:  # `events.jsonl`, TensorBoard
+            raise RunFolderError(
+                _(
+                    "The log in {folder} could not be written: {reason}. Free some space, then continue from the last "
+                    "checkpoint with --resume."
+                ).format(folder=run.path, reason=error.strerror or error)
+            ) from error
         finally:
             line.stop()
         if stop.received is not None:

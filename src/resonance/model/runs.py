@@ -125,6 +125,21 @@ def _conflict(run: RunFolder, resume: bool) -> str:
     return ""
 
 
+def write_failure(error: Exception) -> str | None:
+    """Why a file could not be written (a full disk, a limit), or None when `error` says something else.
+
+    safetensors and torch.save have errors of their own for it.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error: " in text:
+        return text.partition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+        return _("the disk is full, or a file may not grow so large")
+    return None
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end and still has all its files, in their sizes."""
     try:

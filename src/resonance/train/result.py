@@ -13,6 +13,7 @@ from resonance.errors import RunFolderError
 from resonance.messages import _
 from resonance.model.adapters import INFO_FILE, Info
 from resonance.model.load import Whisper
+from resonance.model.runs import write_failure
 
 
 def save_result(folder: Path, whisper: Whisper, model: Any, info: Info) -> Path:
@@ -37,12 +38,16 @@ def save_result(folder: Path, whisper: Whisper, model: Any, info: Info) -> Path:
             number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
         temporary.rename(folder)
-    except OSError as error:
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = write_failure(error)
+        if reason is None:
+            raise
         raise RunFolderError(
             _(
                 "The result could not be written to {folder}: {reason}. The checkpoints are kept: free some space and run "
                 "the same command with --resume."
-            ).format(folder=folder, reason=error.strerror or error)
+            ).format(folder=folder, reason=reason)
         ) from error
     return folder
 

@@ -19,7 +19,7 @@ from resonance.data.batches import ClipDataset, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
-from resonance.model.runs import is_complete, mark_complete
+from resonance.model.runs import is_complete, mark_complete, write_failure
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -117,15 +117,16 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
                     mark_complete(folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+        except Exception as error:
+            reason = write_failure(error)
+            if reason is None:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise RunFolderError(
                 _(
                     "The checkpoint of step {step} could not be written to {folder}: {reason}. Free some space, then "
                     "continue from the last checkpoint with --resume."
-                ).format(step=self.state.global_step, folder=folder.parent, reason=_os_reason(error))
+                ).format(step=self.state.global_step, folder=folder.parent, reason=reason)
             ) from error
         if self.args.should_save:
             rotate_checkpoints(
@@ -238,7 +239,3 @@ def clean_worker_errors() -> Iterator[None]:
         text = str(error)
         marker = f"{type(error).__name__}: "
         raise type(error)(text.rsplit(marker, 1)[-1].strip()) from None
-
-
-def _os_reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).splitlines()[0]

@@ -1,0 +1,131 @@
+"""Continuing a run: what may differ from its first start, and the end of a training whose steps are all done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from resonance.config import TrainConfig, effective_batch
+from resonance.config_io import load_yaml
+from resonance.data.formats import load_manifest
+from resonance.data.manifest import Utterance
+from resonance.errors import ConfigError, DataError
+from resonance.messages import _
+from resonance.model.adapters import read_info
+from resonance.model.runs import RunFolder
+from resonance.train.rows import Rows
+from resonance.train.trainer import WhisperTrainer
+
+# Everything else shapes the weights, or what "best" is measured on: changed in the middle, it would make a result that
+# its own settings do not describe. Where recordings lie may change; `check_rows` sees whether they are the same ones.
+FREE = frozenset(
+    {
+        *("output_dir", "resume", "cache_dir", "train_file", "validation_file", "dataset_dir", "json_file"),
+        *("max_steps", "num_train_epochs", "early_stopping_patience", "load_best_model_at_end"),
+        *("eval_strategy", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is compared
+        *("per_device_eval_batch_size", "dataloader_num_workers", "gradient_checkpointing"),
+        *("use_wandb", "wandb_project", "run_name"),
+    }
+)
+
+
+def check_settings(config: TrainConfig, run: RunFolder) -> None:
+    """Raise ConfigError naming the settings that differ from those of the checkpoints in `run`."""
+    if run.latest_checkpoint() is None or not run.config.is_file():
+        return
+    lines = [
+        _("  {name}: {before} before, {now} now").format(name=name, before=before, now=now)
+        for name, before, now in _differences(load_yaml(TrainConfig, run.config), config)
+    ]
+    if lines:
+        head = _(
+            "{path}: this training was begun with other settings. Continue it with the old ones, or choose another "
+            "--output_dir for a new training."
+        ).format(path=run.path)
+        raise ConfigError(["\n".join([head, *lines])])
+
+
+def _differences(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    for name in TrainConfig.model_fields:
+        before, now = getattr(saved, name), getattr(config, name)
+        if name not in FREE and before != now:
+            yield name, before, now
+    before, now = effective_batch(saved, 1), effective_batch(config, 1)
+    if before != now:
+        yield "per_device_train_batch_size x gradient_accumulation_steps", before, now
+
+
+def check_rows(rows: Rows, run: RunFolder) -> None:
+    """Raise DataError when the recordings are not those that the checkpoints in `run` were trained and measured on."""
+    if run.latest_checkpoint() is None:
+        return
+    for setting, path, now in (
+        ("train_file", run.train_rows, rows.train),
+        ("validation_file", run.held_out_rows, rows.held_out),
+    ):
+        before = load_manifest(path).utterances if path.is_file() else []
+        changed = _identities(before) ^ _identities(now)
+        if changed:
+            raise DataError(
+                _(
+                    "{path}: this training was begun with other recordings or transcripts ({setting}): {before} before, "
+                    "{now} now, {changed} in one of the two only (such as {name}). Continue it with the old ones, which "
+                    "{saved} lists, or choose another --output_dir for a new training."
+                ).format(
+                    path=run.path,
+                    setting=setting,
+                    before=len(before),
+                    now=len(now),
+                    changed=len(changed),
+                    name=min(changed)[0],
+                    saved=path,
+                )
+            )
+
+
+def _identities(rows: Sequence[Utterance]) -> set[tuple[str, float, str]]:
+    return {(Path(row.audio).name, row.start, row.text) for row in rows}
+
+
+def nothing_left(config: TrainConfig, run: RunFolder) -> bool:
+    """Whether `run` has a result already, and `config` asks for no more steps than that was made with."""
+    if run.result is None:
+        return False
+    made = read_info(run.result).settings
+    if config.early_stopping_patience != made["early_stopping_patience"]:
+        return False
+    if config.max_steps is None or made["max_steps"] is None:
+        same_kind = bool(config.max_steps == made["max_steps"])
+        return same_kind and (config.num_train_epochs or 0) <= float(made["num_train_epochs"])
+    return config.max_steps <= int(made["max_steps"])
+
+
+def all_steps_done(trainer: WhisperTrainer, checkpoint: Path) -> bool:
+    """Whether `checkpoint` holds the last step of the training that `trainer` is set up for."""
+    planned: int = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return bool(_state(checkpoint).global_step >= planned)
+
+
+def finish(trainer: WhisperTrainer, checkpoint: Path) -> None:
+    """Bring `trainer` to where it ends after the last step, which `checkpoint` holds. Trainer itself would add a step.
+
+    Measures that step if a signal had stopped the measuring, and loads the best checkpoint where that was asked for.
+    """
+    trainer.state = _state(checkpoint)
+    trainer._load_from_checkpoint(str(checkpoint))
+    evaluates = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
+    measured = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
+    if evaluates and not measured and trainer._determine_best_metric(trainer.evaluate(), None):
+        trainer.state.best_model_checkpoint = str(checkpoint)
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best and Path(best).is_dir():
+        trainer._load_best_model()
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
