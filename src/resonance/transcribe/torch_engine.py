@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from resonance.data.batches import AudioContext, batch_features
 from resonance.data.tokens import LabelTokenizer
-from resonance.errors import ModelError
+from resonance.errors import ConfigError, ModelError
 from resonance.messages import _
 from resonance.model import adapters
 from resonance.model.load import Whisper, choose_device, load_whisper
@@ -133,9 +133,12 @@ class TorchRecognizer:
                 settings.task or (self.info.task if self.info else "transcribe"),
             )
             prompts = [tokenizer.prompt(language, timestamps=settings.timestamps) for language in languages]
-            sequences = _generate(model, hidden, prompts, settings.num_beams, settings.timestamps, None)
+            timed = settings.timestamps and writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
+            if settings.timestamps and not timed:
+                prompts = [tokenizer.prompt(language) for language in languages]
+            sequences = _generate(model, hidden, prompts, settings.num_beams, timed, None)
         return [
-            self._transcript(ids.tolist(), language, len(clip) / SAMPLE_RATE, settings.timestamps)
+            self._transcript(ids.tolist(), language, len(clip) / SAMPLE_RATE, timed)
             for ids, language, clip in zip(sequences, languages, clips, strict=True)
         ]
 
@@ -173,10 +176,28 @@ class TorchRecognizer:
             self.context, self.info = tuned
 
 
+def writes_timestamps(model: Any, hidden: torch.Tensor, prompts: Sequence[Sequence[int]], first: int) -> bool:
+    """Whether the model, asked for times, would begin with one, for most rows of hidden [batch, positions, d_model].
+
+    Trained on texts without times a model forgets them. Forced to write times it then writes noise between them.
+    `first`: the id of `<|0.00|>`.
+    """
+    prompt = torch.tensor(prompts, device=hidden.device)
+    logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=prompt).logits[:, -1]
+    share = logits.float().softmax(dim=-1)[:, first:].sum(dim=-1)  # [batch]
+    return bool(share.median() > 0.1)
+
+
 def detect_languages(whisper: Whisper, hidden: torch.Tensor) -> list[str]:
     """The most probable language of each row of encoder output [batch, positions, d_model]."""
     model = unwrap(whisper.model)
-    table: dict[str, int] = model.generation_config.lang_to_id
+    table: dict[str, int] | None = getattr(model.generation_config, "lang_to_id", None)
+    if not table:
+        raise ModelError(
+            _("{name} does not say which languages it knows, so none can be found out. Give --language.").format(
+                name=whisper.name
+            )
+        )
     tokens, ids = list(table), torch.tensor(list(table.values()), device=hidden.device)
     start = torch.full((len(hidden), 1), model.generation_config.decoder_start_token_id, device=hidden.device)
     logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=start).logits[:, -1]
@@ -231,6 +252,15 @@ def load_recognizer(
         return TorchRecognizer(whisper, AudioContext(audio_context or "full", 0.0, whisper.window_positions))
     info = adapters.read_info(folder)
     context = audio_context or info.audio_context
+    if isinstance(context, float) and context <= info.audio_margin:
+        raise ConfigError(
+            [
+                _(
+                    "--audio_context {context:g}: the model was trained with {margin:g} seconds of silence behind the speech, "
+                    "so nothing would be left for the speech. Give more, or leave --audio_context out."
+                ).format(context=context, margin=info.audio_margin)
+            ]
+        )
     if info.kind == "full":
         whisper = load_whisper(str(folder), device=where, dtype=dtype, cache_dir=cache_dir)
         return TorchRecognizer(whisper, AudioContext(context, info.audio_margin, whisper.window_positions), info)
