@@ -150,8 +150,9 @@ def _wrapped(text: str, width: int, indent: int = 0, hang: int = 0) -> list[str]
     for character in text:
         wide = _columns(character) == 2
         if not pieces or wide or pieces[-1][-1] == " " or _columns(pieces[-1][-1]) == 2:
-            # A closing mark must not begin a line.
-            if pieces and unicodedata.category(character) in ("Po", "Pe", "Pf"):
+            # A closing mark must not begin a line, nor an opening one end it.
+            closing = unicodedata.category(character) in ("Po", "Pe", "Pf")
+            if pieces and (closing or unicodedata.category(pieces[-1][-1]) in ("Ps", "Pi")):
                 pieces[-1] += character
             else:
                 pieces.append(character)

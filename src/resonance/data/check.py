@@ -325,9 +325,9 @@ def _span_fault(utterance: Utterance, length: float) -> str | None:
     """What is wrong with the row's times in a file of `length` seconds; the same limits as `read_audio`."""
     if utterance.start < length and (utterance.end or 0.0) <= length + PACKET_SECONDS:
         return None
-    return _("{path}: from {start:.2f} to {end} s, but the file is only {length:.2f} s long").format(
+    return _("{path}: from {start:.2f} s to {end}, but the file is only {length:.2f} s long").format(
         path=utterance.audio,
         start=utterance.start,
-        end=_("its end") if utterance.end is None else f"{utterance.end:.2f}",
+        end=_("its end") if utterance.end is None else f"{utterance.end:.2f} s",
         length=length,
     )

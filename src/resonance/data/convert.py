@@ -73,7 +73,7 @@ def convert_folder(
     todo = {path: out for path, out in outputs.items() if overwrite or not _is_current(path, out)}
     failed = _convert_all(todo, workers)
     converted = len(todo) - len(failed)
-    labels = [path for path in found if path.name == "labels.json"]
+    labels = [path for path in found if path.name == "labels.json" and path != source]
     for path in labels:
         if reason := _copy_labels(path, target / path.relative_to(source), outputs, overwrite):
             failed.append((path, reason))

@@ -167,8 +167,8 @@ def verdict(group: Group) -> tuple[Literal["better", "worse", "unclear"], str]:
     if better:
         return "better", _("The tuned model is better, by more than chance explains.")
     return "worse", _(
-        "The tuned model is worse, by more than chance explains. Keep using the base model, and listen to the examples "
-        "below: a recording with the wrong text in the training data is a common cause."
+        "The tuned model is worse, by more than chance explains. Keep using the base model, and listen to the worst "
+        "recordings in the report: a wrong text in the training data is a common cause."
     )
 
 
@@ -236,7 +236,7 @@ def table_rows(group: Group) -> list[tuple[str, Rate, Rate, Difference | None]]:
 def format_table(report: EvaluationReport) -> Table:
     """Base beside tuned for the screen: the numbers of the page."""
     table = Table(caption=Text("\n".join(method_notes(report)), style="dim"), caption_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column(_("before"), justify="right")
     table.add_column(_("after"), justify="right")
     table.add_column(_("change"), justify="right")
@@ -244,8 +244,9 @@ def format_table(report: EvaluationReport) -> Table:
         heading = f"{group_name(group.name)} · {len(group.tuned.utterances)}"
         table.add_row(Text(heading, style="bold"))
         for name, base, tuned, difference in table_rows(group):
-            cells = [Text(f"{percent(r.value)} {interval(r)}\n{r.count}/{r.total}") for r in (base, tuned)]
-            table.add_row(Text(f"  {name}"), *cells, Text(change(difference) if difference else ""))
+            cells = [Text(f"{percent(r.value)}  {r.count}/{r.total}\n{interval(r)}") for r in (base, tuned)]
+            changed = change(difference).replace(" (", "\n(") if difference else ""
+            table.add_row(Text(f"  {name}"), *cells, Text(changed))
         table.add_section()
     return table
 

@@ -149,7 +149,7 @@ def explain(name: str, error: Exception) -> str:
             "{name} is not on this machine, and the model hub at {address} cannot be reached.\n"
             "  With a network: check the connection or proxy, or set HF_ENDPOINT to a mirror of the hub.\n"
             "  Without: download it on another machine with `hf download {name} --local-dir whisper`, copy the folder here "
-            "and pass --model_name_or_path whisper."
+            "and give that folder in place of the name."
         ).format(name=name, address=constants.ENDPOINT)
     if "not a valid model identifier" in text or "Repository Not Found" in text or "404" in text:
         return _("{name} is neither a folder here nor a model at {address}. Check the spelling.").format(
