@@ -16,10 +16,10 @@ MAX_POINTS = 300  # a curve is averaged down to this many
 
 @dataclass(frozen=True, slots=True)
 class IntervalRow:
-    """One group with its rates before and after."""
+    """One group with its rates before, where there is a before, and after."""
 
     label: str
-    base: Rate
+    base: Rate | None
     tuned: Rate
 
 
@@ -36,7 +36,9 @@ def interval_chart(description: str, rows: Sequence[IntervalRow]) -> str:
     """For each group the rate before (hollow) and after (filled) with their intervals, on an axis from 0 in percent."""
     row_height, first = 54, 18
     height = first + row_height * len(rows) + 22
-    reached = [v for row in rows for rate in (row.base, row.tuned) for v in (rate.value, rate.high) if v is not None]
+    reached = [
+        v for row in rows for rate in (row.base, row.tuned) if rate for v in (rate.value, rate.high) if v is not None
+    ]
     top = _nice_top(min(max([*reached, 0.1]), 2.0))  # one runaway loop must not squeeze everything else
     left, span = 12, WIDTH - 12 - 22
 
@@ -54,7 +56,7 @@ def interval_chart(description: str, rows: Sequence[IntervalRow]) -> str:
         y = first + row_height * i
         parts.append(f'<text x="{left}" y="{y + 5}">{escape(row.label)}</text>')
         for rate, style, offset in ((row.base, "a", 19), (row.tuned, "b", 34)):
-            if rate.value is None:
+            if rate is None or rate.value is None:
                 continue
             if rate.low is not None and rate.high is not None:
                 parts.append(

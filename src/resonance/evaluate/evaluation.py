@@ -1,7 +1,11 @@
-"""Base against tuned on recordings that training never saw: transcribe with both, score, write the report."""
+"""Base against tuned on recordings that training never saw: transcribe with both, score, write the report.
+
+A stock model has no base and is scored alone.
+"""
 
 from __future__ import annotations
 
+import filecmp
 import io
 import json
 from collections.abc import Sequence
@@ -18,6 +22,7 @@ from resonance.data.audio import read_audio
 from resonance.data.check import probe_durations
 from resonance.data.formats import load_manifest
 from resonance.data.manifest import Utterance
+from resonance.data.rows import MAX_LISTED
 from resonance.data.split import sentence_key
 from resonance.data.textfile import write_text_atomic
 from resonance.errors import ConfigError, DataError
@@ -28,6 +33,7 @@ from resonance.evaluate.results import EvaluationReport, Row, group_rows, report
 from resonance.messages import _
 from resonance.model import adapters, runs
 from resonance.transcribe.files import Span, transcribe_files
+from resonance.transcribe.output import check_writable
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
 from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import SAMPLE_RATE
@@ -37,63 +43,67 @@ WORST_SECONDS = 30.0  # of each
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport, Path]:
-    """Score the model of `config` beside its base. Returns the report and the folder it was written to.
+    """Score the model of `config`, beside its base if it has one. Returns the report and the folder it was written to.
 
-    `report.html` and `report.json` are written together at the end. Raises DataError for rows that cannot be read.
+    `report.html` and `report.json` are written together at the end. Raises DataError for rows that cannot be read or that
+    were trained on.
     """
-    run = runs.containing(Path(config.model_path))
+    place = Path(config.model_path).resolve()
+    run = runs.containing(place)
+    folder = config.output_dir or (run.path if run else None) or Path("evaluation")
+    check_writable(folder / "report.html")
     test, train = read_rows(config, run)
     recognizer = load_recognizer(
         config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
     )
     info = recognizer.info
-    if info is None:
-        raise ConfigError(
-            [
-                _(
-                    "{path} is a base model, so there is nothing to compare it with. Give --model_path the folder that "
-                    "`resonance train` wrote."
-                ).format(path=config.model_path)
-            ]
-        )
     settings = DecodeSettings(config.language, config.task, config.num_beams)
-    tuned = texts(recognizer, test, settings, config.batch_size, console, _("tuned model"))
-    language = config.language or info.language
-    base = base_texts(recognizer, config, info, test, replace(settings, language=language), console)
+    if info is not None:  # the base gets the same, which it does not know by itself
+        settings = replace(settings, language=config.language or info.language, task=config.task or info.task)
+    tuned = texts(recognizer, test, settings, config.batch_size, console, _("tuned model") if info else _("model"))
+    base = base_texts(recognizer, config, info, test, settings, console) if info else None
 
-    normalizer = normalizer_for(language, recognizer.spellings())
+    normalizer = normalizer_for(settings.language, recognizer.spellings())
     references = [row.text for row in test]
-    base_results = measure(list(zip(references, base, strict=True)), normalizer)
     tuned_results = measure(list(zip(references, tuned, strict=True)), normalizer)
-    seen = {sentence_key(row.text) for row in train}
+    base_results = measure(list(zip(references, base, strict=True)), normalizer) if base else [None] * len(test)
+    seen = None if train is None else {sentence_key(row.text) for row in train}
     rows = [
-        Row(u.audio, u.text, b, t, b_result, t_result, sentence_key(u.text) in seen, u.speaker)
-        for u, b, t, b_result, t_result in zip(test, base, tuned, base_results, tuned_results, strict=True)
+        Row(
+            audio=utterance.audio,
+            reference=utterance.text,
+            base_text=base[i] if base else None,
+            tuned_text=tuned[i],
+            base=base_results[i],
+            tuned=tuned_results[i],
+            seen=None if seen is None else sentence_key(utterance.text) in seen,
+            speaker=utterance.speaker,
+        )
+        for i, utterance in enumerate(test)
     ]
-    groups = group_rows(rows, normalizer, config.seed)
+    groups = group_rows(rows, normalizer, config.seed, config.bootstrap_samples)
     for i in worst_rows(rows, groups[0].tuned.main_metric, WORST):
         rows[i] = replace(rows[i], wav=clip_as_wav(test[i]))
     report = EvaluationReport(
-        title=_("How well {name} is understood").format(name=run.path.name if run else Path(config.model_path).name),
-        base_model=info.base_model,
+        title=_("How well {name} is understood").format(name=run.path.name if run else place.name),
+        base_model=info.base_model if info else None,
         tuned_model=config.model_path,
-        language=language,
+        language=settings.language,
         created=adapters.now(),
         groups=groups,
         rows=tuple(rows),
         events=runs.read_events(run.events) if run else [],
-        settings=info.settings,
+        settings=info.settings if info else {},
         versions={n: metadata.version(n) for n in ("resonance-asr", "torch", "transformers", "peft", "jiwer")},
+        notes=provenance(info, run, test, train) if info else (),
     )
-    folder = config.output_dir or (run.path if run else None) or Path("evaluation")
     write_report(folder / "report.html", report)
     write_text_atomic(folder / "report.json", [json.dumps(report_json(report), ensure_ascii=False, indent=1)])
     return report, folder
 
 
-def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[Utterance], list[Utterance]]:
-    """(rows to score, rows trained on). Left out, they are those that the run wrote down."""
-    train_file = config.train_file or (run.train_rows if run else None)
+def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[Utterance], list[Utterance] | None]:
+    """(rows to score, rows trained on). Left out, they are those that the run wrote down; None if they are not known."""
     if config.test_file or config.json_file:
         source = config.test_file or config.dataset_dir
         assert source is not None  # the configuration asks for one of the two
@@ -102,10 +112,10 @@ def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[
         manifest = load_manifest(run.held_out_rows)
     else:
         raise ConfigError([_("--test_file is needed: recordings and transcripts that were kept out of training.")])
-    train = load_manifest(train_file).utterances if train_file and train_file.is_file() else []
+    train_file = config.train_file or (run.train_rows if run and run.train_rows.is_file() else None)
+    train = load_manifest(train_file, dataset_dir=config.dataset_dir).utterances if train_file else None
     test = probe_durations(manifest.utterances)
-    trained = {(row.audio, row.start) for row in train}
-    overlap = [row for row in test if (row.audio, row.start) in trained]
+    overlap = trained_on(test, train or [])
     if overlap:
         raise DataError(
             _(
@@ -114,6 +124,48 @@ def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[
             ).format(count=len(overlap), row=overlap[0].row, audio=overlap[0].audio)
         )
     return test[: config.max_eval_samples], train
+
+
+def trained_on(test: Sequence[Utterance], train: Sequence[Utterance]) -> list[Utterance]:
+    """The rows of `test` that are in `train`: the same file, or a copy of it with the same text."""
+    places = {(row.audio, row.start) for row in train}
+    by_text: dict[str, list[Utterance]] = {}
+    for row in train:
+        by_text.setdefault(sentence_key(row.text), []).append(row)
+
+    def copied(row: Utterance) -> bool:
+        return any(
+            row.start == other.start
+            and Path(other.audio).is_file()
+            and filecmp.cmp(row.audio, other.audio, shallow=False)
+            for other in by_text.get(sentence_key(row.text), [])
+        )
+
+    return [row for row in test if (row.audio, row.start) in places or copied(row)]
+
+
+def provenance(
+    info: adapters.Info, run: runs.RunFolder | None, test: Sequence[Utterance], train: Sequence[Utterance] | None
+) -> tuple[str, ...]:
+    """What the reader must know of the recordings that were scored."""
+    notes = []
+    if train is None:
+        notes.append(
+            _(
+                "What the model was trained on is not known here, so nobody checked that these recordings were kept out of "
+                "it. Give --train_file to check."
+            )
+        )
+    held_out = load_manifest(run.held_out_rows).utterances if run and run.held_out_rows.is_file() else []
+    chosen_on = {(row.audio, row.start) for row in held_out}
+    if info.settings["load_best_model_at_end"] and any((row.audio, row.start) in chosen_on for row in test):
+        notes.append(
+            _(
+                "The best checkpoint of the training was chosen on these same recordings, so the numbers after it are a "
+                "little better than other recordings would give."
+            )
+        )
+    return tuple(notes)
 
 
 def base_texts(
@@ -142,7 +194,7 @@ def texts(
 ) -> list[str]:
     """Transcripts of rows, in their order."""
     spans = [Span(Path(row.audio), row.start, row.end) for row in rows]
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=len(rows))
         results = list(
             transcribe_files(
@@ -155,7 +207,8 @@ def texts(
         if result.error is not None
     ]
     if failed:
-        raise DataError("\n".join(failed))
+        more = [_("… and {count} more").format(count=len(failed) - MAX_LISTED)] if len(failed) > MAX_LISTED else []
+        raise DataError("\n".join(failed[:MAX_LISTED] + more))
     return [result.text for result in results]
 
 

@@ -187,21 +187,23 @@ def measure(pairs: Sequence[tuple[str, str]], normalizer: Normalizer) -> list[Ut
     ]
 
 
-def summarize(utterances: Sequence[UtteranceResult], normalizer: Normalizer, seed: int = 0) -> Scores:
+def summarize(
+    utterances: Sequence[UtteranceResult], normalizer: Normalizer, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
+) -> Scores:
     """Scores of utterances that `measure` counted with `normalizer`; of a part of them for the scores of a group."""
     return Scores(
         normalizer=normalizer.name,
         unit=normalizer.unit,
-        wer=_error_rate([u.words for u in utterances], seed),
-        cer=_error_rate([u.characters for u in utterances], seed),
-        mer=_error_rate([u.mixed for u in utterances], seed),
+        wer=_error_rate([u.words for u in utterances], seed, samples),
+        cer=_error_rate([u.characters for u in utterances], seed, samples),
+        mer=_error_rate([u.mixed for u in utterances], seed, samples),
         exact_phrase_accuracy=share(sum(u.exact for u in utterances), len(utterances)),
         repetition_rate=share(sum(u.loop for u in utterances), len(utterances)),
         utterances=tuple(utterances),
     )
 
 
-def compare(base: Scores, tuned: Scores, seed: int = 0) -> Comparison:
+def compare(base: Scores, tuned: Scores, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES) -> Comparison:
     """How much the tuned model differs from its base. Both must be scores of the same utterances in the same order.
 
     Raises DataError where they are not.
@@ -217,7 +219,7 @@ def compare(base: Scores, tuned: Scores, seed: int = 0) -> Comparison:
     return Comparison(
         main_metric=metric,
         main=_paired_bootstrap(
-            [u.counts(metric) for u in base.utterances], [u.counts(metric) for u in tuned.utterances], seed
+            [u.counts(metric) for u in base.utterances], [u.counts(metric) for u in tuned.utterances], seed, samples
         ),
         exact_phrase_accuracy=_paired_shares([u.exact for u in base.utterances], [u.exact for u in tuned.utterances]),
     )
@@ -325,17 +327,17 @@ def share(count: int, total: int) -> Rate:
     return Rate(count / total, low, high, count, total, "wilson")
 
 
-def _error_rate(counts: Sequence[ErrorCounts], seed: int) -> Rate:
+def _error_rate(counts: Sequence[ErrorCounts], seed: int, samples: int) -> Rate:
     errors, length = sum(c.errors for c in counts), sum(c.reference_length for c in counts)
-    interval = bootstrap_interval([c.errors for c in counts], [c.reference_length for c in counts], seed=seed)
+    interval = bootstrap_interval([c.errors for c in counts], [c.reference_length for c in counts], samples, seed)
     low, high = interval or (None, None)
     return Rate(errors / length if length else None, low, high, errors, length, "bootstrap" if interval else "none")
 
 
-def _paired_bootstrap(base: Sequence[ErrorCounts], tuned: Sequence[ErrorCounts], seed: int) -> Difference:
+def _paired_bootstrap(base: Sequence[ErrorCounts], tuned: Sequence[ErrorCounts], seed: int, samples: int) -> Difference:
     changes = [after.errors - before.errors for before, after in zip(base, tuned, strict=True)]
     lengths = [c.reference_length for c in base]
-    interval = bootstrap_interval(changes, lengths, seed=seed)
+    interval = bootstrap_interval(changes, lengths, samples, seed)
     low, high = interval or (None, None)
     return Difference(
         value=sum(changes) / sum(lengths) if sum(lengths) else None,

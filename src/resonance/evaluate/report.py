@@ -24,6 +24,7 @@ from resonance.evaluate.results import (
     lead_sentence,
     method_notes,
     metric_name,
+    model_headings,
     percent,
     table_rows,
     verdict,
@@ -83,9 +84,11 @@ def _header(report: EvaluationReport) -> str:
     whole, parts = report.groups[0], report.groups[1:]
     kind, sentence = verdict(whole)
     items = "".join(f"<li>{escape(lead_sentence(group))}</li>" for group in parts)
-    models = _("Before: {base}. After: {tuned}. Measured on {date}.").format(
-        base=report.base_model, tuned=report.tuned_model, date=report.created[:10]
-    )
+    models = (
+        _("Before: {base}. After: {tuned}. Measured on {date}.")
+        if report.base_model is not None
+        else _("Model: {tuned}. Measured on {date}.")
+    ).format(base=report.base_model, tuned=report.tuned_model, date=report.created[:10])
     return (
         f'<header><h1>{escape(report.title)}</h1><p class="lead">{escape(lead_sentence(whole))}</p>'
         + (f'<ul class="groups">{items}</ul>' if items else "")
@@ -99,14 +102,18 @@ def _charts(report: EvaluationReport) -> str:
     exact = [
         IntervalRow(
             _counted(group_name(g.name), len(g.tuned.utterances)),
-            g.base.exact_phrase_accuracy,
+            None if g.base is None else g.base.exact_phrase_accuracy,
             g.tuned.exact_phrase_accuracy,
         )
         for g in report.groups
     ]
-    errors = [IntervalRow(row.label, g.base.main, g.tuned.main) for row, g in zip(exact, report.groups, strict=True)]
+    errors = [
+        IntervalRow(row.label, None if g.base is None else g.base.main, g.tuned.main)
+        for row, g in zip(exact, report.groups, strict=True)
+    ]
+    title, legend = (_("Result"), "") if report.base_model is None else (_("Before and after"), _legend())
     return (
-        f"<section><h2>{escape(_('Before and after'))}</h2>{_legend()}"
+        f"<section><h2>{escape(title)}</h2>{legend}"
         '<div class="grid-2">'
         + _figure(_("Understood exactly: further right is better"), interval_chart(_("Understood exactly"), exact))
         + _figure(
@@ -118,23 +125,23 @@ def _charts(report: EvaluationReport) -> str:
 
 
 def _scores(report: EvaluationReport) -> str:
-    headings = (_("before"), _("after"), _("change"))
+    models = model_headings(report)
+    headings = [*models, _("change")] if len(models) > 1 else models
     bodies = []
     for group in report.groups:
         title = _counted(group_name(group.name), len(group.tuned.utterances))
-        lines = [f'<tr><th colspan="4" scope="rowgroup">{escape(title)}</th></tr>']
-        for name, base, tuned, difference in table_rows(group):
+        lines = [f'<tr><th colspan="{1 + len(headings)}" scope="rowgroup">{escape(title)}</th></tr>']
+        for name, rates, difference in table_rows(group):
             cells = "".join(
                 f'<td class="number" data-label="{escape(label)}">{percent(rate.value)}'
                 f"<small>{interval(rate)} {rate.count}/{rate.total}</small></td>"
-                for label, rate in zip(headings, (base, tuned), strict=False)
+                for label, rate in zip(models, rates, strict=True)
             )
-            moved, _newline, reach = escape(change(difference)).partition("\n") if difference else ("", "", "")
-            moved += f"<small>{reach}</small>" if reach else ""
-            lines.append(
-                f'<tr><th scope="row">{escape(name)}</th>{cells}'
-                f'<td class="number" data-label="{escape(headings[2])}">{moved}</td></tr>'
-            )
+            if len(models) > 1:
+                moved, _newline, reach = escape(change(difference)).partition("\n") if difference else ("", "", "")
+                moved += f"<small>{reach}</small>" if reach else ""
+                cells += f'<td class="number" data-label="{escape(headings[-1])}">{moved}</td>'
+            lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
         bodies.append(f'<tbody class="group">{"".join(lines)}</tbody>')
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("", *headings))
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in method_notes(report))
@@ -146,7 +153,7 @@ def _scores(report: EvaluationReport) -> str:
 
 def _worst(rows: Sequence[Row], unit: Unit) -> str:
     positions = worst_rows(rows, main_metric(unit), WORST_CLIPS)
-    heading = f"<section><h2>{escape(_('Where the tuned model is furthest off'))}</h2>"
+    heading = f"<section><h2>{escape(_('Where the model is furthest off'))}</h2>"
     if not positions:
         return f"{heading}<p>{escape(_('Nowhere: it made no mistake in these recordings.'))}</p></section>"
     explained = _(
@@ -162,7 +169,7 @@ def _worst(rows: Sequence[Row], unit: Unit) -> str:
 
 def _clip(row: Row, unit: Unit) -> str:
     counts = row.tuned.counts(main_metric(unit))
-    tags = [_("phrase also in training") if row.seen else _("new phrase")]
+    tags = [] if row.seen is None else [_("phrase also in training") if row.seen else _("new phrase")]
     tags += [row.speaker] if row.speaker else []
     tags += [_("errors: {errors}, length: {length}").format(errors=counts.errors, length=counts.reference_length)]
     tags += [_("stuck in a loop")] if row.tuned.loop else []
@@ -173,11 +180,11 @@ def _clip(row: Row, unit: Unit) -> str:
         audio = f'<audio controls preload="none" aria-label="{label}" src="data:audio/wav;base64,{data}"></audio>'
     elif row.wav is not None:
         audio = f'<p class="soft">{escape(_("Too long to be put into this page."))}</p>'
-    texts = (
-        (_("said"), escape(row.reference) or _nothing()),
-        (_("before"), _marked(row.base, unit)),
-        (_("after"), _marked(row.tuned, unit)),
-    )
+    texts = [(_("said"), escape(row.reference) or _nothing())]
+    if row.base is not None:
+        texts += [(_("before"), _marked(row.base, unit)), (_("after"), _marked(row.tuned, unit))]
+    else:
+        texts.append((_("result"), _marked(row.tuned, unit)))
     return (
         '<article class="card clip">'
         + " ".join(f'<span class="pill">{escape(tag)}</span>' for tag in tags)
@@ -234,22 +241,29 @@ def _points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, 
 def _all_rows(rows: Sequence[Row], metric: Metric) -> str:
     worst = worst_rows(rows, metric, len(rows))
     order = (worst + sorted(set(range(len(rows))) - set(worst)))[:MAX_TABLE_ROWS]
-    headings = (_("said"), _("before"), _("after"), _("errors before"), _("errors after"), _("phrase"), _("speaker"))
+    if any(row.base for row in rows):
+        outputs, counted = [_("before"), _("after")], [_("errors before"), _("errors after")]
+    else:
+        outputs, counted = [_("result")], [_("errors")]
+    headings = [_("said"), *outputs, *counted, _("phrase"), _("speaker")]
     lines = []
     for i in order:
         row = rows[i]
-        texts = [escape(row.reference) or _nothing()]
+        texts, numbers = [escape(row.reference) or _nothing()], []
         for text, result in ((row.base_text, row.base), (row.tuned_text, row.tuned)):
+            if text is None or result is None:
+                continue
             style, mark = ("right", "✓") if result.exact else ("wrong", "✗")
             texts.append(f'<span class="{style}">{mark}</span> {escape(text) or _nothing()}')
+            numbers.append(result.counts(metric))
         cells = [f'<td data-label="{escape(name)}">{text}</td>' for name, text in zip(headings, texts, strict=False)]
-        for name, result in zip(headings[3:], (row.base, row.tuned), strict=False):
-            counts = result.counts(metric)
+        for name, counts in zip(counted, numbers, strict=True):
             cells.append(
                 f'<td class="number" data-label="{escape(name)}" data-value="{counts.errors}">'
                 f"{counts.errors}/{counts.reference_length}</td>"
             )
-        for name, text in zip(headings[5:], (_("trained") if row.seen else _("new"), row.speaker or ""), strict=True):
+        kind = "" if row.seen is None else _("trained") if row.seen else _("new")
+        for name, text in zip(headings[-2:], (kind, row.speaker or ""), strict=True):
             cells.append(f'<td data-label="{escape(name)}">{escape(text)}</td>')
         lines.append(f'<tr title="{escape(Path(row.audio).name)}">{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in headings)

@@ -1,4 +1,4 @@
-"""A tuned model beside its base, as data, as plain sentences, as a table on the screen and as JSON."""
+"""A tuned model beside its base, or a stock model alone, as data, as plain sentences, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resonance.evaluate.metrics import (
+    BOOTSTRAP_SAMPLES,
     Comparison,
     Difference,
     ErrorCounts,
@@ -33,29 +34,30 @@ FEW_RECORDINGS = 20  # fewer, and the bootstrap's intervals are too narrow: see 
 class Row:
     """One recording that was kept out of training, transcribed by both models.
 
-    Texts are as written; `base` and `tuned` hold what was compared. `seen` says that another recording of the same phrase
-    was in training. `wav` is a whole WAV file to put into the page, wanted for the rows of `worst_rows`.
+    Texts are as written; `base` and `tuned` hold what was compared; of a stock model, which has no base, only `tuned`.
+    `seen` says that another recording of the same phrase was in training, None that it is not known. `wav` is a whole WAV
+    file to put into the page, wanted for the rows of `worst_rows`.
     """
 
     audio: str
     reference: str
-    base_text: str
+    base_text: str | None
     tuned_text: str
-    base: UtteranceResult
+    base: UtteranceResult | None
     tuned: UtteranceResult
-    seen: bool
+    seen: bool | None
     speaker: str | None = None
     wav: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Both models on the same part of the recordings."""
+    """Both models on the same part of the recordings; without `base` and `difference`, a stock model alone."""
 
     name: GroupName
-    base: Scores
+    base: Scores | None
     tuned: Scores
-    difference: Comparison
+    difference: Comparison | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,11 @@ class EvaluationReport:
     """What the screen, the JSON file and the page show.
 
     `groups` comes from `group_rows` and begins with "all". `events` are the rows of `events.jsonl`, empty where the run is
-    not at hand. `created` is an ISO date and time.
+    not at hand. `created` is an ISO date and time. `notes` are sentences on where the recordings come from.
     """
 
     title: str
-    base_model: str
+    base_model: str | None  # None where a stock model was measured alone
     tuned_model: str
     language: str | None
     created: str
@@ -76,19 +78,26 @@ class EvaluationReport:
     events: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def group_rows(rows: Sequence[Row], normalizer: Normalizer, seed: int = 0) -> tuple[Group, ...]:
+def group_rows(
+    rows: Sequence[Row], normalizer: Normalizer, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
+) -> tuple[Group, ...]:
     """Scores of all rows, and of seen and new phrases apart where there are both."""
     parts: list[tuple[GroupName, list[Row]]] = [("all", list(rows))]
-    seen, new = [row for row in rows if row.seen], [row for row in rows if not row.seen]
+    seen, new = [row for row in rows if row.seen], [row for row in rows if row.seen is False]
     if seen and new:
         parts += [("seen", seen), ("new", new)]
     groups = []
     for name, members in parts:
-        base = summarize([row.base for row in members], normalizer, seed)
-        tuned = summarize([row.tuned for row in members], normalizer, seed)
-        groups.append(Group(name, base, tuned, compare(base, tuned, seed)))
+        tuned = summarize([row.tuned for row in members], normalizer, seed, samples)
+        before = [row.base for row in members if row.base is not None]
+        if before:
+            base = summarize(before, normalizer, seed, samples)
+            groups.append(Group(name, base, tuned, compare(base, tuned, seed, samples)))
+        else:
+            groups.append(Group(name, None, tuned, None))
     return tuple(groups)
 
 
@@ -130,7 +139,10 @@ def group_name(name: GroupName) -> str:
 
 def lead_sentence(group: Group) -> str:
     """How many recordings were understood before and after, in words."""
-    before, after = group.base.exact_phrase_accuracy, group.tuned.exact_phrase_accuracy
+    after = group.tuned.exact_phrase_accuracy
+    if group.base is None:
+        return _("Recordings: {total}. Understood exactly: {count}.").format(total=after.total, count=after.count)
+    before = group.base.exact_phrase_accuracy
     text = {
         "all": _(
             "Recordings that were kept out of training: {total}. Understood exactly before: {before}, after: {after}."
@@ -149,11 +161,13 @@ def lead_sentence(group: Group) -> str:
     return text.format(total=after.total, before=before.count, after=after.count)
 
 
-def verdict(group: Group) -> tuple[Literal["better", "worse", "unclear"], str]:
+def verdict(group: Group) -> tuple[Literal["better", "worse", "unclear", "alone"], str]:
     """Whether the tuned model is better, in one word for programs and one sentence for people.
 
     Exact phrases decide; where they do not, the main error rate.
     """
+    if group.difference is None:
+        return "alone", _("This model was not fine-tuned here, so there is no model to compare it with.")
     exact, main = group.difference.exact_phrase_accuracy, group.difference.main
     if exact.certain and exact.value is not None:
         better = exact.value > 0
@@ -182,6 +196,7 @@ def method_notes(report: EvaluationReport) -> list[str]:
             "differences: paired, Newcombe and bootstrap."
         ),
     ]
+    notes += report.notes
     if len(scores.utterances) < FEW_RECORDINGS:
         notes.append(
             _(
@@ -210,43 +225,46 @@ def change(difference: Difference) -> str:
     return f"{text}\n({100 * difference.low:+.1f} … {100 * difference.high:+.1f})"
 
 
-def table_rows(group: Group) -> list[tuple[str, Rate, Rate, Difference | None]]:
-    """(measure, base, tuned, difference where one was computed) for every measure worth showing."""
-    rows: list[tuple[str, Rate, Rate, Difference | None]] = [
-        (
-            metric_name("exact_phrase_accuracy"),
-            group.base.exact_phrase_accuracy,
-            group.tuned.exact_phrase_accuracy,
-            group.difference.exact_phrase_accuracy,
-        )
+def table_rows(group: Group) -> list[tuple[str, list[Rate], Difference | None]]:
+    """(measure, one rate for each of `model_headings`, difference where one was computed) for what is worth showing."""
+    differences = {}
+    if group.difference is not None:
+        differences = {
+            "exact_phrase_accuracy": group.difference.exact_phrase_accuracy,
+            group.difference.main_metric: group.difference.main,
+        }
+    models = [scores for scores in (group.base, group.tuned) if scores is not None]
+    measures: list[Metric | Literal["exact_phrase_accuracy", "repetition_rate"]] = [
+        "exact_phrase_accuracy",
+        *shown_metrics(group.tuned.unit),
+        "repetition_rate",
     ]
-    for metric in shown_metrics(group.tuned.unit):
-        rows.append(
-            (
-                metric_name(metric),
-                getattr(group.base, metric),
-                getattr(group.tuned, metric),
-                group.difference.main if metric == group.difference.main_metric else None,
-            )
-        )
-    rows.append((metric_name("repetition_rate"), group.base.repetition_rate, group.tuned.repetition_rate, None))
-    return rows
+    return [
+        (metric_name(name), [getattr(scores, name) for scores in models], differences.get(name)) for name in measures
+    ]
+
+
+def model_headings(report: EvaluationReport) -> list[str]:
+    """What the columns of the models are called."""
+    return [_("result")] if report.base_model is None else [_("before"), _("after")]
 
 
 def format_table(report: EvaluationReport) -> Table:
-    """Base beside tuned for the screen: the numbers of the page."""
+    """The models side by side for the screen: the numbers of the page."""
+    headings = model_headings(report)
+    compared = len(headings) > 1
     table = Table(caption=Text("\n".join(method_notes(report)), style="dim"), caption_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column(_("before"), justify="right")
-    table.add_column(_("after"), justify="right")
-    table.add_column(_("change"), justify="right")
+    for heading in [*headings, *([_("change")] if compared else [])]:
+        table.add_column(heading, justify="right")
     for group in report.groups:
         heading = f"{group_name(group.name)} · {len(group.tuned.utterances)}"
         table.add_row(Text(heading, style="bold"))
-        for name, base, tuned, difference in table_rows(group):
-            cells = [Text(f"{percent(r.value)}  {r.count}/{r.total}\n{interval(r)}") for r in (base, tuned)]
-            changed = change(difference).replace(" (", "\n(") if difference else ""
-            table.add_row(Text(f"  {name}"), *cells, Text(changed))
+        for name, rates, difference in table_rows(group):
+            cells = [Text(f"{percent(r.value)}  {r.count}/{r.total}\n{interval(r)}") for r in rates]
+            if compared:
+                cells.append(Text(change(difference).replace(" (", "\n(") if difference else ""))
+            table.add_row(Text(f"  {name}"), *cells)
         table.add_section()
     return table
 
@@ -256,7 +274,8 @@ def report_json(report: EvaluationReport) -> dict[str, Any]:
 
     format              1
     title, created, base_model, tuned_model, language, normalizer, main_metric
-    verdict             better | worse | unclear
+    verdict             better | worse | unclear | alone (a stock model: base and difference are None everywhere)
+    notes               how the numbers were made, in sentences
     groups              all, seen, new → utterances; base and tuned → wer, cer, mer, exact_phrase_accuracy, repetition_rate,
                         each {value, low, high, count, total, method}; difference → main and exact_phrase_accuracy, each
                         {value, low, high, changed, method}. Rates are 0 to 1 (error rates may pass 1), None is unknown.
@@ -276,12 +295,14 @@ def report_json(report: EvaluationReport) -> dict[str, Any]:
         "normalizer": scores.normalizer,
         "main_metric": scores.main_metric,
         "verdict": verdict(report.groups[0])[0],
+        "notes": method_notes(report),
         "groups": {
             group.name: {
                 "utterances": len(group.tuned.utterances),
-                "base": {name: asdict(getattr(group.base, name)) for name in rates},
+                "base": group.base and {name: asdict(getattr(group.base, name)) for name in rates},
                 "tuned": {name: asdict(getattr(group.tuned, name)) for name in rates},
-                "difference": {
+                "difference": group.difference
+                and {
                     "main": asdict(group.difference.main),
                     "exact_phrase_accuracy": asdict(group.difference.exact_phrase_accuracy),
                 },
@@ -294,7 +315,7 @@ def report_json(report: EvaluationReport) -> dict[str, Any]:
                 "speaker": row.speaker,
                 "seen": row.seen,
                 "reference": row.reference,
-                "base": _utterance_json(row.base_text, row.base),
+                "base": None if row.base is None else _utterance_json(row.base_text or "", row.base),
                 "tuned": _utterance_json(row.tuned_text, row.tuned),
             }
             for row in report.rows
