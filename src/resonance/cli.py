@@ -30,7 +30,12 @@ def run(argv: list[str]) -> int:
     """Run one command and return its exit code. Errors of ours become one message on stderr."""
     try:
         with stopping_on_sigterm():
-            return dispatch(argv)
+            try:
+                code = dispatch(argv)
+            except SystemExit as end:  # the help was asked for
+                code = int(end.code or 0)
+            sys.stdout.flush()  # here a broken pipe can be caught
+            return code
     except ResonanceError as error:
         return report_error(error)
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from resonance.evaluate.metrics import measure
 from resonance.evaluate.normalize import normalizer_for
 from resonance.evaluate.report import write_report
 from resonance.evaluate.results import EvaluationReport, Row, group_rows, report_json, worst_rows
+from resonance.languages import language_code
 from resonance.messages import _
 from resonance.model import adapters, runs
 from resonance.transcribe.files import Span, transcribe_files
@@ -57,13 +58,13 @@ def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport
         config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
     )
     info = recognizer.info
-    settings = DecodeSettings(config.language, config.task, config.num_beams)
-    if info is not None:  # the base gets the same, which it does not know by itself
-        settings = replace(settings, language=config.language or info.language, task=config.task or info.task)
+    language = config.language or (info.language if info else None) or only_language(test)
+    # Given to the base too, which does not know by itself what the adapter was trained for.
+    settings = DecodeSettings(language, config.task or (info.task if info else None), config.num_beams)
     tuned = texts(recognizer, test, settings, config.batch_size, console, _("tuned model") if info else _("model"))
     base = base_texts(recognizer, config, info, test, settings, console) if info else None
 
-    normalizer = normalizer_for(settings.language, recognizer.spellings())
+    normalizer = normalizer_for(language, recognizer.spellings())
     references = [row.text for row in test]
     tuned_results = measure(list(zip(references, tuned, strict=True)), normalizer)
     base_results = measure(list(zip(references, base, strict=True)), normalizer) if base else [None] * len(test)
@@ -88,7 +89,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport
         title=_("How well {name} is understood").format(name=run.path.name if run else place.name),
         base_model=info.base_model if info else None,
         tuned_model=config.model_path,
-        language=settings.language,
+        language=language,
         created=adapters.now(),
         groups=groups,
         rows=tuple(rows),
@@ -124,6 +125,15 @@ def read_rows(config: EvaluateConfig, run: runs.RunFolder | None) -> tuple[list[
             ).format(count=len(overlap), row=overlap[0].row, audio=overlap[0].audio)
         )
     return test[: config.max_eval_samples], train
+
+
+def only_language(rows: Sequence[Utterance]) -> str | None:
+    """The language that all rows name; None when they name several or none."""
+    named = {row.language for row in rows}
+    try:
+        return language_code(str(named.pop())) if len(named) == 1 else None
+    except ValueError:
+        return None
 
 
 def trained_on(test: Sequence[Utterance], train: Sequence[Utterance]) -> list[Utterance]:
