@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 from transformers.utils import cached_file
 
 from resonance.errors import MissingExtraError, ModelError
@@ -37,8 +44,7 @@ class Whisper:
     @property
     def multilingual(self) -> bool:
         """False for `.en` models, which have no language and task tokens."""
-        flag = getattr(self.model.generation_config, "is_multilingual", None)
-        return bool(flag) if flag is not None else self.model.config.vocab_size >= MULTILINGUAL_TOKENS
+        return is_multilingual(self.model.generation_config, self.model.config)
 
     @property
     def n_mels(self) -> int:
@@ -84,17 +90,24 @@ def load_whisper(
                 )
             tokenizer = WhisperTokenizer.from_pretrained(name, **options)
             feature_extractor = WhisperFeatureExtractor.from_pretrained(name, **options)
-            model = WhisperForConditionalGeneration.from_pretrained(
+            model, loaded = WhisperForConditionalGeneration.from_pretrained(
                 name,
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation="sdpa",
+                output_loading_info=True,
                 **_placement(quantization, device),
                 **options,
             )
             fingerprint = weights_fingerprint(name, cache_dir)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(explain(name, error)) from error
+    if loaded["missing_keys"]:  # transformers fills them with random numbers
+        raise ModelError(
+            _("{name} lacks {count} of Whisper's weights (such as {key}). Copy or download it again.").format(
+                name=name, count=len(loaded["missing_keys"]), key=min(loaded["missing_keys"])
+            )
+        )
     if quantization == "none":
         model.to(device)
     allow_any_audio_context(model)
@@ -107,9 +120,20 @@ def load_tokenizer(name: str, cache_dir: Path | None = None) -> tuple[WhisperTok
     with _quiet_hub():
         try:
             config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-            return WhisperTokenizer.from_pretrained(name, cache_dir=cache_dir), config.vocab_size >= MULTILINGUAL_TOKENS
+            tokenizer = WhisperTokenizer.from_pretrained(name, cache_dir=cache_dir)
         except (OSError, ValueError) as error:
             raise ModelError(explain(name, error)) from error
+        try:
+            generation = GenerationConfig.from_pretrained(name, cache_dir=cache_dir)
+        except (OSError, ValueError):  # old checkpoints have none
+            generation = None
+    return tokenizer, is_multilingual(generation, config)
+
+
+def is_multilingual(generation_config: Any, config: Any) -> bool:
+    """False for `.en` models. The vocabulary decides where the generation settings say nothing."""
+    flag = getattr(generation_config, "is_multilingual", None)
+    return bool(flag) if flag is not None else config.vocab_size >= MULTILINGUAL_TOKENS
 
 
 def check_folder(name: str) -> None:
@@ -131,6 +155,14 @@ def check_folder(name: str) -> None:
         missing.remove("preprocessor_config.json")
     if not any(folder.glob("*.safetensors")):
         missing.append("model.safetensors")
+    for file in sorted(folder.glob("*.json")):
+        # transformers goes on without a generation_config.json that it cannot read: no language, no suppressed tokens.
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ModelError(
+                _("{path} is damaged: not valid JSON. Copy or download it again.").format(path=file)
+            ) from None
     if missing:
         raise ModelError(
             _("The model folder {folder} is incomplete; missing: {names}. Copy or download it again.").format(
