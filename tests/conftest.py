@@ -137,19 +137,50 @@ def recordings(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a data folder: `recordings(count=12, seconds=(0.5, 1.5))` returns its labels.json."""
 
     def write(count: int = 12, seconds: tuple[float, float] = (0.4, 1.2), name: str = "recordings") -> Path:
-        folder = tmp_path / name
-        (folder / "audio").mkdir(parents=True)
-        random = np.random.default_rng(0)
-        rows = []
-        for i in range(count):
-            text = f"phrase {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i // 26}"
-            samples = int(16_000 * random.uniform(*seconds))
-            tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * np.arange(samples) / 16_000)
-            audio = f"audio/{i:03}_{text.replace(' ', '_')}.wav"
-            soundfile.write(folder / audio, tone + 0.01 * random.standard_normal(samples), 16_000)
-            rows.append({"audio": audio, "text": text})
-        labels = folder / "labels.json"
-        labels.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        return labels
+        return write_recordings(tmp_path / name, count, seconds)
 
     return write
+
+
+def write_recordings(folder: Path, count: int, seconds: tuple[float, float]) -> Path:
+    (folder / "audio").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        text = f"phrase {'abcdefghijklmnopqrstuvwxyz'[i % 26]}{i // 26}"
+        samples = int(16_000 * random.uniform(*seconds))
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * np.arange(samples) / 16_000)
+        audio = f"audio/{i:03}_{text.replace(' ', '_')}.wav"
+        soundfile.write(folder / audio, tone + 0.01 * random.standard_normal(samples), 16_000)
+        rows.append({"audio": audio, "text": text})
+    labels = folder / "labels.json"
+    labels.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return labels
+
+
+def train_command(model: Path, labels: Path, output_dir: Path, *flags: object) -> list[str]:
+    """A short `resonance train`. Flags in `flags` win over those here."""
+    return [
+        *("train", "--model_name_or_path", str(model), "--train_file", str(labels), "--output_dir", str(output_dir)),
+        *("--max_steps=4", "--eval_steps=2", "--logging_steps=1", "--validation_split=0.25", "--learning_rate=0.01"),
+        *("--dataloader_num_workers=0", *map(str, flags)),
+    ]
+
+
+@pytest.fixture
+def train(tiny_model: Path) -> Callable[..., int]:
+    """A function that runs a short `resonance train` and returns its exit code: `train(labels, output_dir, *flags)`."""
+    from resonance.cli import run
+
+    return lambda labels, output_dir, *flags: run(train_command(tiny_model, labels, output_dir, *flags))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a short `resonance train`: 9 recordings trained on, 3 held out. For reading only."""
+    from resonance.cli import run
+
+    folder = tmp_path_factory.mktemp("finished")
+    labels = write_recordings(folder / "recordings", 12, (0.4, 1.2))
+    assert run(train_command(tiny_model, labels, folder / "run")) == 0
+    return folder / "run"
