@@ -49,7 +49,7 @@ echo.
 echo Ready. Next, in this folder:
 echo   .venv\Scripts\activate
 echo   resonance data check YOUR_RECORDINGS
-echo README.md has the whole way in a few commands.
+echo README.md has the whole way.
 exit /b 0
 
 :try

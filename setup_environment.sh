@@ -74,5 +74,5 @@ cat <<'NEXT'
 Ready. Next, in this folder:
   source .venv/bin/activate
   resonance data check YOUR_RECORDINGS
-README.md has the whole way in six commands.
+README.md has the whole way.
 NEXT
