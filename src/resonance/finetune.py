@@ -36,8 +36,7 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     Everything that can be wrong with settings, recordings and transcripts is found before training starts, and nothing
     that another run left behind is overwritten.
     """
-    run, lock = runs.claim(config.output_dir, resume=config.resume)
-    with lock:
+    with runs.claim(config.output_dir, resume=config.resume) as run:
         resume.check_settings(config, run)
         if run.result and resume.nothing_left(config, run):
             console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)

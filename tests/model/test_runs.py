@@ -17,9 +17,9 @@ HOLD = """
 import sys
 from pathlib import Path
 from resonance.model.runs import claim
-run, lock = claim(Path(sys.argv[1]), resume=False)
-print("claimed", flush=True)
-sys.stdin.read()
+with claim(Path(sys.argv[1]), resume=False):
+    print("claimed", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -33,8 +33,8 @@ def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
 
 
 def refused(path: Path, *, resume: bool = False) -> str:
-    with pytest.raises(RunFolderError) as error:
-        claim(path, resume=resume)
+    with pytest.raises(RunFolderError) as error, claim(path, resume=resume):
+        pass
     assert str(path) in str(error.value) and "--output_dir" in str(error.value)
     return str(error.value)
 
@@ -42,9 +42,16 @@ def refused(path: Path, *, resume: bool = False) -> str:
 def test_a_new_folder_is_made_and_can_be_claimed_again_after_release(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "语音 run"
     for _again in range(2):
-        run, lock = claim(path, resume=False)
-        assert run.path.is_dir() and run.latest_checkpoint() is None and run.result is None
-        lock.release()
+        with claim(path, resume=False) as run:
+            assert run.path.is_dir() and run.latest_checkpoint() is None and run.result is None
+
+
+def test_a_training_that_failed_gives_the_folder_back_also_in_the_same_process(tmp_path: Path) -> None:
+    with pytest.raises(KeyError) as kept, claim(tmp_path, resume=False):
+        raise KeyError  # the traceback, which somebody may keep, refers to everything in the block
+    with claim(tmp_path, resume=False):
+        assert "Another training" in refused(tmp_path)
+    assert kept.tb is not None
 
 
 def test_a_folder_that_another_process_trains_into_is_refused_until_that_one_is_gone(tmp_path: Path) -> None:
@@ -57,7 +64,8 @@ def test_a_folder_that_another_process_trains_into_is_refused_until_that_one_is_
         for resume in (False, True):
             assert "Another training" in refused(tmp_path, resume=resume)
         holder.kill()  # no time to clean up: the lock must go with the process
-    claim(tmp_path, resume=False)[1].release()
+    with claim(tmp_path, resume=False):
+        pass
 
 
 def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
@@ -65,9 +73,8 @@ def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
     result.mkdir()
     (result / "resonance.json").write_text("{}")
     assert "finished" in refused(tmp_path)
-    run, lock = claim(tmp_path, resume=True)
-    lock.release()
-    assert run.result == result
+    with claim(tmp_path, resume=True) as run:
+        assert run.result == result
 
 
 def test_an_unfinished_run_is_continued_only_when_asked(tmp_path: Path) -> None:
@@ -75,9 +82,8 @@ def test_an_unfinished_run_is_continued_only_when_asked(tmp_path: Path) -> None:
     assert "no checkpoint yet" in refused(tmp_path)
     checkpoint(tmp_path, 40)
     assert "checkpoint-40" in refused(tmp_path) and "--resume" in refused(tmp_path)
-    run, lock = claim(tmp_path, resume=True)
-    lock.release()
-    assert run.latest_checkpoint() == tmp_path / "checkpoints" / "checkpoint-40"
+    with claim(tmp_path, resume=True) as run:
+        assert run.latest_checkpoint() == tmp_path / "checkpoints" / "checkpoint-40"
 
 
 def test_a_file_where_the_folder_should_be_is_refused_and_kept(tmp_path: Path) -> None:

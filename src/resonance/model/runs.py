@@ -7,9 +7,11 @@ runs/        TensorBoard                report.html   by `resonance evaluate`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def claim(path: Path, *, resume: bool) -> tuple[RunFolder, FileLock]:
-    """Create or enter the run folder and lock it for as long as the returned lock is held.
+@contextlib.contextmanager
+def claim(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """Create or enter the run folder, which no other process can claim until the block ends.
 
     Raises RunFolderError when it cannot be written, another process trains into it, it holds a run and `resume` is not
     set, or there is nothing to resume. Nothing in it is ever deleted.
@@ -104,12 +107,14 @@ def claim(path: Path, *, resume: bool) -> tuple[RunFolder, FileLock]:
         raise RunFolderError(
             _("Another training is writing to {path}. Wait for it, or choose another --output_dir.").format(path=path)
         ) from None
-    run = RunFolder(path)
-    problem = _conflict(run, resume)
-    if problem:
+    try:
+        run = RunFolder(path)
+        problem = _conflict(run, resume)
+        if problem:
+            raise RunFolderError(problem)
+        yield run
+    finally:
         lock.release()
-        raise RunFolderError(problem)
-    return run, lock
 
 
 def _conflict(run: RunFolder, resume: bool) -> str:
