@@ -15,12 +15,12 @@ from resonance.data.augment import Augmentation
 from resonance.data.batches import AudioContext, ClipDataset, Collator
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
 from resonance.data.writing import write_manifest
-from resonance.errors import Interrupted, RunFolderError
+from resonance.errors import Interrupted, OutOfMemoryError, RunFolderError
 from resonance.evaluate.metrics import score
 from resonance.evaluate.normalize import normalizer_for
 from resonance.messages import _
 from resonance.model import adapters, lora, runs
-from resonance.model.load import Whisper, choose_device, load_whisper
+from resonance.model.load import Whisper, choose_device, load_whisper, quiet_libraries
 from resonance.model.precision import DTYPES, training_precision
 from resonance.train import progress, resume
 from resonance.train.arguments import best_metric, training_arguments
@@ -65,7 +65,8 @@ def finetune(config: TrainConfig, console: Console) -> Path:
 
         info = describe(config, rows, whisper, trainer, only)
         name = "adapter" if info.kind == "lora" else "model"
-        return save_result(run.path / name, whisper, trainer.model, info)
+        with quiet_libraries():
+            return save_result(run.path / name, whisper, trainer.model, info)
 
 
 def load(config: TrainConfig, device: torch.device) -> Whisper:
@@ -199,9 +200,9 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
     latest = run.latest_checkpoint()
     line = progress.ProgressLine(console, trainer.metric)
     stop = progress.StopOnSignal()
-    for callback in (line, stop):
+    for callback in (resume.NewIntervals(), line, stop):
         trainer.add_callback(callback)
-    with stop.installed():
+    with stop.installed(), quiet_libraries():
         try:
             if latest and resume.all_steps_done(trainer, latest):
                 resume.finish(trainer, latest)
@@ -209,6 +210,15 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except progress.StopNow:
             pass  # the signal came while evaluating; the step before it is done
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                _(
+                    "The GPU has too little memory for these settings. Continue with --resume and half of "
+                    "--per_device_train_batch_size with twice the --gradient_accumulation_steps, which trains the same, or "
+                    "with --gradient_checkpointing. If that is not enough, begin again in another --output_dir with "
+                    "--use_8bit, a smaller --max_audio_len or a smaller model."
+                )
+            ) from error
         except OSError as error:  # `events.jsonl`, TensorBoard
             raise RunFolderError(
                 _(

@@ -73,7 +73,7 @@ def load_whisper(
     incomplete, the name unknown, the hub out of reach or the architecture another one.
     """
     check_folder(name)
-    with _quiet_hub():
+    with quiet_libraries():
         options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": True}
         try:
             config = AutoConfig.from_pretrained(name, **options)
@@ -117,7 +117,7 @@ def load_whisper(
 
 def load_tokenizer(name: str, cache_dir: Path | None = None) -> tuple[WhisperTokenizer, bool]:
     """A checkpoint's tokenizer, and whether the model is multilingual, without its weights."""
-    with _quiet_hub():
+    with quiet_libraries():
         try:
             config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
             tokenizer = WhisperTokenizer.from_pretrained(name, cache_dir=cache_dir)
@@ -257,7 +257,7 @@ def _placement(quantization: Quantization, device: torch.device) -> dict[str, An
 
 
 @contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No retry messages and progress bars of the libraries below: our own message says what matters."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as model_logging

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from resonance.config import TrainConfig, effective_batch
@@ -120,11 +120,19 @@ def finish(trainer: WhisperTrainer, checkpoint: Path) -> None:
     trainer._load_from_checkpoint(str(checkpoint))
     evaluates = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
     measured = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
-    if evaluates and not measured and trainer._determine_best_metric(trainer.evaluate(), None):
-        trainer.state.best_model_checkpoint = str(checkpoint)
-    best = trainer.state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best and Path(best).is_dir():
+    if evaluates and not measured:
+        trainer._determine_best_metric(trainer.evaluate(), None)
+    best = checkpoint.with_name(f"checkpoint-{trainer.state.best_global_step}")  # the folder may have moved since
+    if trainer.args.load_best_model_at_end and best.is_dir():
+        trainer.state.best_model_checkpoint = str(best)
         trainer._load_best_model()
+
+
+class NewIntervals(TrainerCallback):  # type: ignore[misc]
+    """Steps between logs, measurements and checkpoints as given now; Trainer would keep those of the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def _state(checkpoint: Path) -> TrainerState:
