@@ -227,6 +227,24 @@ def test_the_incomplete_group_is_last_and_not_always_that_of_the_longest_clips()
     assert np.median(left_over) < np.quantile(durations, 0.7)
 
 
+@pytest.mark.parametrize("speed", [0.0, 0.2])
+def test_all_batches_of_one_group_have_the_context_of_its_longest_clip(
+    recordings: Callable[..., Path], tiny_model: Path, speed: float
+) -> None:
+    labels = recordings(count=16, seconds=(0.3, 3.0))
+    plain, data = dataset(labels, tiny_model), dataset(labels, tiny_model, augmentation=Augmentation(speed=speed))
+    durations = [len(plain[i].audio) / 16_000 for i in range(16)]
+    draws = list(LengthGroupedSampler(durations, 8, seed=0))
+    collate = Collator(AudioContext("auto", MARGIN_SECONDS), 80, pad_token_id=0)
+
+    def frames(*of: Draw) -> int:
+        return collate([data[draw] for draw in of])["input_features"].shape[-1]
+
+    for group in (draws[:8], draws[8:]):
+        whole = frames(*group)
+        assert [frames(*group[i : i + 2]) for i in range(0, 8, 2)] == [whole] * 4
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_get_batches_of_the_same_group_and_fill_up_with_clips_that_do_not_count(processes: int) -> None:
     from accelerate.data_loader import BatchSamplerShard

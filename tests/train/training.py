@@ -35,8 +35,6 @@ PLAIN = {
     "max_grad_norm": 1e9,
     "lora_dropout": 0.0,
     "lora_r": 4,
-    "audio_context": 2.0,
-    "max_audio_len": 1.4,
     "validation_split": 0.0,
     "dataloader_num_workers": 0,
     "logging_steps": 1,

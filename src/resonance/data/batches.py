@@ -6,7 +6,6 @@ longest clip and a margin, rounded up to one of a few lengths.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -68,6 +67,7 @@ class Draw(NamedTuple):
 
     row: int
     seed: int
+    longest: float = 0.0  # seconds of the longest clip that one optimiser step sees together with this one
     counts: bool = True  # False: only there so that all processes have a batch; nothing is learnt from it
 
 
@@ -78,6 +78,7 @@ class Clip(NamedTuple):
     tokens: TokenPair
     masks: Augmentation | None  # SpecAugment to apply to its features
     mask_seed: int
+    longest: float = 0.0  # seconds that its batch has room for at least, before the margin
 
 
 class ClipDataset(Dataset[Clip]):
@@ -100,25 +101,28 @@ class ClipDataset(Dataset[Clip]):
         return len(self.rows)
 
     def __getitem__(self, draw: Draw | int) -> Clip:
-        index, seed, counts = draw if isinstance(draw, tuple) else Draw(draw, 0)
+        index, seed, longest, counts = draw if isinstance(draw, tuple) else Draw(draw, 0)
         row = self.rows[index]
         random = np.random.default_rng((seed, index))
         # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
         timestamps = bool(row.segments) and random.random() < self.timestamp_fraction
         audio = read_audio(row.audio, row.start, row.end)
-        if self.augmentation and not timestamps:
-            audio = vary_clip(audio, self.augmentation, random)
+        if self.augmentation:
+            longest = min(longest / (1 - self.augmentation.speed), self.augmentation.max_seconds)
+            if not timestamps:
+                audio = vary_clip(audio, self.augmentation, random)
         tokens = self.tokenizer.encode(row, timestamps=timestamps)
         if not counts:
             tokens = TokenPair(tokens.decoder_input_ids, [IGNORED_LABEL] * len(tokens.labels))
-        return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)))
+        return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)), longest)
 
 
 class LengthGroupedSampler(Sampler[Draw]):
     """Shuffles, then puts clips of similar length next to each other in groups of one effective batch.
 
     A group holds the samples of one optimiser step however they are divided into accumulation steps and processes, so
-    8x1, 4x2 and two processes with 4 each see the same ones. The order depends only on `seed` and the epoch.
+    8x1, 4x2 and two processes with 4 each see the same ones, and at the same audio context: that of the longest in the
+    group. The order depends only on `seed` and the epoch.
 
     `together` is the number of clips that all processes read at once. Where the last of them are missing, draws that do
     not count fill up: accelerate would give some rows a second time.
@@ -156,10 +160,12 @@ class LengthGroupedSampler(Sampler[Draw]):
             incomplete = pool[left_over]
         shuffled = [groups[i] for i in random.permutation(len(groups))]
         clip_seed = int(random.integers(2**31))
-        for index in itertools.chain.from_iterable([*shuffled, incomplete]):
-            yield Draw(int(index), clip_seed)
+        for group in [*shuffled, incomplete]:
+            longest = float(self.durations[group].max(initial=0.0))
+            for index in group:
+                yield Draw(int(index), clip_seed, longest)
         for _filler in range(len(self) - len(order)):
-            yield Draw(int(incomplete[0]), clip_seed, counts=False)
+            yield Draw(int(incomplete[0]), clip_seed, longest, counts=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,8 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
-        features = batch_features([clip.audio for clip in clips], self.context, self.n_mels)
+        longest = max(clip.longest for clip in clips)
+        features = batch_features([clip.audio for clip in clips], self.context, self.n_mels, longest)
         for i, clip in enumerate(clips):
             if clip.masks:
                 frames = min(features.shape[-1], len(clip.audio) // HOP_LENGTH)
@@ -188,10 +195,12 @@ class Collator:
         }
 
 
-def batch_features(clips: Sequence[np.ndarray], context: AudioContext, n_mels: int) -> torch.Tensor:
+def batch_features(
+    clips: Sequence[np.ndarray], context: AudioContext, n_mels: int, at_least_seconds: float = 0.0
+) -> torch.Tensor:
     """Features of clips float32 [samples] at their common audio context, float32 [batch, n_mels, 2 * positions]."""
     longest = max(len(clip) for clip in clips)
-    positions = context.positions(longest / SAMPLE_RATE)
+    positions = context.positions(max(longest / SAMPLE_RATE, at_least_seconds))
     samples = np.zeros((len(clips), positions * SAMPLES_PER_POSITION), dtype=np.float32)
     for row, clip in zip(samples, clips, strict=True):
         row[: len(clip)] = clip[: len(row)]
