@@ -45,7 +45,14 @@ def read_rows(config: TrainConfig, console: Console) -> Rows:
         held_out = usable(_manifest(config.validation_file, config), config, console)
         held_out = settle_languages(held_out, config.language)
     elif config.validation_split:
-        train, held_out = split(train, eval_fraction=config.validation_split, by=config.split_by, seed=config.seed)
+        try:
+            train, held_out = split(train, eval_fraction=config.validation_split, by=config.split_by, seed=config.seed)
+        except DataError as error:
+            raise DataError(
+                _("{reason} To train without knowing how good the result is: --validation_split 0.").format(
+                    reason=error
+                )
+            ) from error
     else:
         held_out = []
     return Rows(
