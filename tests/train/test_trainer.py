@@ -93,6 +93,17 @@ def test_the_result_is_the_best_step_and_says_so(evaluating: Callable[..., Any],
         assert torch.equal(weights[name], weight), name
 
 
+@pytest.mark.parametrize(("done", "epoch"), [(0.0, 0), (1.67, 1), (1.9999999, 2), (3.0, 3)])
+def test_the_order_of_clips_follows_the_epoch_that_a_run_is_in(
+    evaluating: Callable[..., Any], done: float, epoch: int
+) -> None:
+    # accelerate tells samplers too, but not through both its wrappers: several processes, resumed within an epoch.
+    trainer = evaluating()
+    trainer.state.epoch = done
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.sampler.epoch == epoch
+
+
 def test_gradient_checkpointing_trains_the_same(
     training: Any, uneven_labels: Callable[[int], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
