@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.console import Group as Lines
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -249,24 +251,24 @@ def model_headings(report: EvaluationReport) -> list[str]:
     return [_("result")] if report.base_model is None else [_("before"), _("after")]
 
 
-def format_table(report: EvaluationReport) -> Table:
-    """The models side by side for the screen: the numbers of the page."""
+def format_table(report: EvaluationReport) -> RenderableType:
+    """The models side by side for the screen, a table for each group: the numbers of the page."""
     headings = model_headings(report)
     compared = len(headings) > 1
-    table = Table(caption=Text("\n".join(method_notes(report)), style="dim"), caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in [*headings, *([_("change")] if compared else [])]:
-        table.add_column(heading, justify="right")
+    parts: list[RenderableType] = []
     for group in report.groups:
-        heading = f"{group_name(group.name)} · {len(group.tuned.utterances)}"
-        table.add_row(Text(heading, style="bold"))
+        title = f"{group_name(group.name)} · {len(group.tuned.utterances)}"
+        table = Table(title=Text(title, style="bold"), title_justify="left", show_lines=True)
+        table.add_column("")
+        for heading in [*headings, *([_("change")] if compared else [])]:
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, rates, difference in table_rows(group):
             cells = [Text(f"{percent(r.value)}  {r.count}/{r.total}\n{interval(r)}") for r in rates]
             if compared:
                 cells.append(Text(change(difference).replace(" (", "\n(") if difference else ""))
-            table.add_row(Text(f"  {name}"), *cells)
-        table.add_section()
-    return table
+            table.add_row(Text(name), *cells)
+        parts.append(table)
+    return Lines(*parts, Text("\n".join(method_notes(report)), style="dim"))
 
 
 def report_json(report: EvaluationReport) -> dict[str, Any]:
