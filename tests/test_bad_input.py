@@ -17,6 +17,7 @@ import soundfile
 from resonance.cli import run
 from resonance.model.runs import RunFolder
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 Train = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 

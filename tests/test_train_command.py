@@ -18,6 +18,7 @@ from resonance.config_io import load_yaml
 from resonance.model.adapters import read_info
 from resonance.model.runs import read_events
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 Train = Callable[..., int]
 
 

@@ -1,0 +1,98 @@
+"""`resonance transcribe` as its user sees it: what goes to the screen, to the file and into the exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resonance.cli import run
+
+pytestmark = pytest.mark.usefixtures("short_answers")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def audio(finished_run: Path) -> list[Path]:
+    return sorted((finished_run.parent / "recordings" / "audio").iterdir())
+
+
+def transcribe(model: Path, *flags: object) -> int:
+    return run(["transcribe", "--model_path", str(model), *map(str, flags)])
+
+
+def test_one_recording_prints_its_text_alone_and_several_with_their_names(
+    finished_run: Path, audio: list[Path], capsys: Capture
+) -> None:
+    assert transcribe(finished_run, "--audio_path", audio[0]) == 0
+    alone = capsys.readouterr()
+    assert alone.err == "" and alone.out.endswith("\n")
+    assert transcribe(finished_run / "adapter", "--audio_path", audio[0].parent, "--batch_size", 5) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("\t")[0] for row in rows] == [str(path) for path in audio]
+    assert rows[0] == f"{audio[0]}\t{alone.out.rstrip(chr(10))}"
+
+
+def test_the_output_file_has_every_recording_in_the_order_of_the_list(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    wanted = [str(audio[i]) for i in (3, 0, 2)]
+    (tmp_path / "list.json").write_text(json.dumps(wanted))
+    out = tmp_path / "new" / "我的 texts.json"
+    flags = ("--audio_list", tmp_path / "list.json", "--output_file", out, "--return_timestamps")
+    assert transcribe(finished_run, *flags) == 0
+    assert str(out) in capsys.readouterr().out
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["audio_path"] for row in rows] == wanted
+    assert all(set(row) == {"audio_path", "text", "language", "duration", "segments"} for row in rows)
+    assert all(0 <= s["start"] <= s["end"] <= row["duration"] + 0.01 for row in rows for s in row["segments"])
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_a_missing_recording_ends_with_1_and_the_other_s_text(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "list.txt").write_text(f"gone.wav\n{audio[0]}\n")
+    assert transcribe(finished_run, "--audio_list", tmp_path / "list.txt") == 1
+    said = capsys.readouterr()
+    assert said.out.startswith(str(audio[0])) and said.out.count("\n") == 1
+    assert said.err.count("\n") == 1 and "gone.wav" in said.err and "no such file" in said.err
+
+
+def test_an_unfinished_run_and_a_model_without_a_network_are_explained(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    unfinished = tmp_path / "run"
+    shutil.copytree(finished_run, unfinished, ignore=shutil.ignore_patterns("adapter"))
+    assert transcribe(unfinished, "--audio_path", audio[0]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert transcribe(Path("openai/whisper-small"), "--audio_path", audio[0]) == 1
+    said = capsys.readouterr().err
+    assert "https://" in said and "--local-dir" in said and "Traceback" not in said
+
+
+def test_nothing_is_printed_but_texts_when_libraries_are_loaded_afresh(finished_run: Path, audio: list[Path]) -> None:
+    command = ["transcribe", "--model_path", str(finished_run), "--audio_path", str(audio[0])]
+    done = subprocess.run(
+        [sys.executable, "-m", "resonance", *command], capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
+def test_long_recordings_of_real_speech_are_read_to_their_end(
+    shared: Path, real_model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The same word three times with pauses between, 66 s: each 30 s window must bring its part."""
+    import numpy as np
+    import soundfile
+
+    word, rate = soundfile.read(shared / "data" / "torgo" / "audio" / "M03_Session2_0009.flac")
+    silence = np.zeros(20 * rate)
+    soundfile.write(tmp_path / "long.flac", np.concatenate([word, silence, word, silence, silence, word]), rate)
+    assert transcribe(real_model, "--audio_path", tmp_path / "long.flac", "--language", "en") == 0
+    assert capsys.readouterr().out.lower().split().count("ship") == 3
