@@ -15,7 +15,7 @@ from resonance.evaluate.normalize import normalizer_for
     [
         ("我要喝水。", "我要喝水"),
         ("臺灣　ＡＰＰ，開一下！", "台湾app开一下"),
-        ("看著急 甚麼計畫", "看着急什么计划"),  # zhconv alone leaves 著, 甚 and 畫
+        ("看著急 甚麼計畫", "看着急什么计划"),  # OpenCC alone leaves 著, 甚 and 畫
         ("妳的帳戶", "你的账户"),
         ("打開 iPhone 13 的 app 嗎？", "打开iPhone 13的APP吗"),
         ("乾淨後面的頭髮", "干净后面的头发"),

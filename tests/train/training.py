@@ -16,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from resonance import finetune
 from resonance.config import TrainConfig
 from resonance.data.batches import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.model.runs import RunFolder
+from resonance.train import build
 from resonance.train.rows import read_rows
 from resonance.train.trainer import WhisperTrainer
 
@@ -68,16 +68,16 @@ def trainer_for(given: dict[str, Any]) -> WhisperTrainer:
     run = RunFolder(config.output_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     rows = read_rows(config, Console(quiet=True))
-    whisper = finetune.load(config, torch.device("cpu"))
+    whisper = build.load_base(config, torch.device("cpu"))
     tokenizer = LabelTokenizer(whisper.tokenizer, whisper.multilingual, "en", config.task, whisper.max_label_tokens)
     set_seed(config.seed)
-    model = finetune.choose_weights(whisper, config)
+    model = build.choose_weights(whisper, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
-    return finetune.build_trainer(config, run, rows, whisper, model, tokenizer, context, "en")
+    return build.build_trainer(config, run, rows, whisper, model, tokenizer, context, "en")
 
 
 def train(given: dict[str, Any]) -> Trained:

@@ -73,7 +73,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         raise MissingExtraError(
             _(
                 "{folder}: this is a Hugging Face dataset, which needs the package datasets: "
-                "pip install 'resonance-asr[datasets]'"
+                'pip install "resonance-asr[datasets]"'
             ).format(folder=folder)
         ) from error
     if (folder / "dataset_dict.json").is_file():

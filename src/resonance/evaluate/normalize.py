@@ -21,16 +21,18 @@ import functools
 import importlib.util
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from resonance.errors import MissingExtraError
 from resonance.languages import language_code
 from resonance.messages import _
+
+if TYPE_CHECKING:
+    from opencc import OpenCC
 
 Unit = Literal["word", "char", "mixed"]
 
@@ -42,9 +44,9 @@ UNSPACED_SCRIPTS = (
 )
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
 CHINESE_LANGUAGES = frozenset({"zh", "yue"})
-# What zhconv's table from Traditional to Simplified leaves alone because it depends on the word. Folded on both sides,
-# so the word does not matter: 著急 and 着急, 帳戶 and 账户, 姊姊 and 姐姐 are the same speech.
-MORE_FOLDED_CHARACTERS = {"著": "着", "祇": "只", "帐": "账", "姊": "姐", "麽": "么"}
+# What OpenCC's table from Traditional to Simplified leaves alone because it depends on the word. Folded on both sides,
+# so the word does not matter: 著急 and 着急, 瞭解 and 了解, 妳 and 你 are the same speech.
+MORE_FOLDED_CHARACTERS = dict(zip("著祇帐姊麽妳牠揹瞭姪砲粧荳籐", "着只账姐么你它背了侄炮妆豆藤", strict=True))
 FOLDED_WORDS = {"甚么": "什么", "计画": "计划"}
 
 
@@ -134,7 +136,7 @@ class _Simplified(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
-        folded: str = _zhconv().convert(character, "zh-hans") if code >= 0x3400 else character
+        folded: str = _traditional_to_simplified().convert(character) if code >= 0x3400 else character
         self[code] = MORE_FOLDED_CHARACTERS.get(folded, folded)
         return self[code]
 
@@ -145,11 +147,7 @@ def _simplified() -> _Simplified:
 
 
 @functools.cache
-def _zhconv() -> ModuleType:
-    with warnings.catch_warnings():
-        # It looks for pkg_resources, whose import warns that it is outdated, and leaves its table's file open.
-        warnings.simplefilter("ignore")
-        import zhconv
+def _traditional_to_simplified() -> OpenCC:
+    from opencc import OpenCC
 
-        zhconv.loaddict()
-    return zhconv  # type: ignore[no-any-return]
+    return OpenCC("t2s")

@@ -241,7 +241,7 @@ def _placement(quantization: Quantization, device: torch.device) -> dict[str, An
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise MissingExtraError(
-            _("{bits} weights need bitsandbytes: pip install 'resonance-asr[quant]'").format(bits=quantization)
+            _('{bits} weights need bitsandbytes: pip install "resonance-asr[quant]"').format(bits=quantization)
         ) from None
     from transformers import BitsAndBytesConfig
 

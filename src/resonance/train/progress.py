@@ -194,7 +194,7 @@ def callbacks(run: RunFolder, config: TrainConfig) -> list[TrainerCallback]:
     if config.use_wandb:
         if importlib.util.find_spec("wandb") is None:
             raise MissingExtraError(
-                _("--use_wandb needs the wandb package: pip install 'resonance-asr[wandb]', then `wandb login`.")
+                _('--use_wandb needs the wandb package: pip install "resonance-asr[wandb]", then `wandb login`.')
             )
         if config.wandb_project:
             os.environ["WANDB_PROJECT"] = config.wandb_project  # where transformers' callback looks for it

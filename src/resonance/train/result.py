@@ -9,11 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from resonance.config import TrainConfig
 from resonance.errors import RunFolderError
+from resonance.evaluate.normalize import normalizer_for
 from resonance.messages import _
-from resonance.model.adapters import INFO_FILE, Info
+from resonance.model.adapters import INFO_FILE, Info, now
 from resonance.model.load import Whisper
 from resonance.model.runs import write_failure
+from resonance.train.rows import Rows, fingerprint
+from resonance.train.trainer import WhisperTrainer
 
 
 def save_result(folder: Path, whisper: Whisper, model: Any, info: Info) -> Path:
@@ -85,3 +89,29 @@ Scores on {scores.get("utterances", 0)} held-out recordings, normaliser {info.no
 | score | value |
 |---|---|
 {rows}"""
+
+
+def describe(config: TrainConfig, rows: Rows, whisper: Whisper, trainer: WhisperTrainer, language: str | None) -> Info:
+    """What `resonance.json` says of the result."""
+    durations = [row.duration or 0.0 for row in rows.train]
+    return Info(
+        kind="lora" if config.finetuning == "lora" else "full",
+        base_model=config.model_name_or_path,
+        base_fingerprint=whisper.fingerprint,
+        language=language if whisper.multilingual else "en",
+        task=config.task,
+        audio_context=config.audio_context,
+        audio_margin=config.audio_margin,
+        normalizer=normalizer_for(language).name,
+        scores=trainer.kept_scores(),
+        data={
+            "train_rows": len(rows.train),
+            "eval_rows": len(rows.held_out),
+            "hours": round(rows.hours, 4),
+            "longest_clip_seconds": max(durations),
+            "fingerprint": fingerprint(rows.train),
+        },
+        settings=config.model_dump(mode="json"),
+        versions=versions(),
+        created=now(),
+    )

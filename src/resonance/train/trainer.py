@@ -69,7 +69,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         self.meter = Meter(group)
         self.remove_callback(PrinterCallback)  # our progress line says it in words
-        self.add_callback(_Epochs(self.sampler))
+        self.add_callback(_WhereItIs(self.sampler, self.meter))
 
     def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:
         return self.sampler
@@ -153,11 +153,15 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         return folder
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler its epoch, also after resuming in the middle of one and under every wrapper of accelerate."""
+class _WhereItIs(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch and the meter its first step, also after resuming in the middle of an epoch."""
 
-    def __init__(self, sampler: LengthGroupedSampler) -> None:
+    def __init__(self, sampler: LengthGroupedSampler, meter: Meter) -> None:
         self.sampler = sampler
+        self.meter = meter
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.last_step = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
