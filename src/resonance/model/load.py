@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from resonance.errors import MissingExtraError, ModelError
 from resonance.messages import _
+from resonance.model.allocator import return_large_blocks
 from resonance.model.context import allow_any_audio_context
 from resonance.units import MAX_LABEL_TOKENS
 
@@ -73,6 +74,7 @@ def load_whisper(
     incomplete, the name unknown, the hub out of reach or the architecture another one.
     """
     check_folder(name)
+    return_large_blocks()
     with quiet_libraries():
         options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": True}
         try:
