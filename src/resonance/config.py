@@ -250,7 +250,7 @@ class TrainConfig(BaseModel):
     """Pull of the weights towards zero, against overfitting."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Longest gradient that is not shortened; 0 never shortens."""
-    optim: HuggingFaceChoice = "adamw_torch"
+    optim: HuggingFaceChoice = "adamw_torch_fused"
     """Optimiser, as named by transformers."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     """How much the labels are blurred; 0.1 is usual where it is used."""
@@ -356,26 +356,19 @@ def batch_warning(config: TrainConfig, devices: int) -> str | None:
     )
 
 
-class EvaluateConfig(BaseModel):
-    """Measure how well a model recognises recordings, beside the model it was made from."""
+class RecognizerConfig(BaseModel):
+    """What `evaluate` and `transcribe` have in common: the model and how it decodes."""
 
     model_config = SETTINGS
-    groups: ClassVar[dict[str, str]] = {"model_path": "Model", "test_file": "Data", "output_dir": "Result"}
-    aliases: ClassVar[dict[str, str | Switch]] = {
-        "validation_file": "test_file",
-        "test_data": "test_file",
-        "per_device_eval_batch_size": "batch_size",
-        "generation_num_beams": "num_beams",
-    }
 
     model_path: Model
-    """Model to measure: the result of a training, its run folder, or a Whisper model."""
+    """Model to use: the result of a training, its run folder, or a Whisper model."""
     base_model: Model | None = None
     """Where the model lies that the result was made from, if not where it was while training."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Compute on the GPU (cuda) or the CPU. auto takes the GPU where one is."""
     language: Language | None = None
-    """Language spoken in the recordings. Left out, the one the model was trained for."""
+    """Language spoken in the recordings. Left out, the one the model was trained for, else found by the model."""
     task: Task | None = None
     """Text in the language that is spoken (transcribe) or in English (translate). Left out, what was trained."""
     batch_size: Count = 8
@@ -384,6 +377,18 @@ class EvaluateConfig(BaseModel):
     """Alternatives followed at the same time; more is slower and sometimes better."""
     audio_context: AudioContext | None = None
     """How much audio the model looks at. Left out, what the model was trained with, else full."""
+
+
+class EvaluateConfig(RecognizerConfig):
+    """Measure how well a model recognises recordings, beside the model it was made from."""
+
+    groups: ClassVar[dict[str, str]] = {"model_path": "Model", "test_file": "Data", "output_dir": "Result"}
+    aliases: ClassVar[dict[str, str | Switch]] = {
+        "validation_file": "test_file",
+        "test_data": "test_file",
+        "per_device_eval_batch_size": "batch_size",
+        "generation_num_beams": "num_beams",
+    }
 
     test_file: AnyPath | None = None
     """Recordings and transcripts to measure on, kept out of training. Left out, those that the run of model_path held
@@ -414,32 +419,14 @@ class EvaluateConfig(BaseModel):
         return self
 
 
-class TranscribeConfig(BaseModel):
+class TranscribeConfig(RecognizerConfig):
     """Turn recordings into text."""
 
-    model_config = SETTINGS
     groups: ClassVar[dict[str, str]] = {"model_path": "Model", "audio_path": "Recordings", "output_file": "Result"}
     aliases: ClassVar[dict[str, str | Switch]] = {
         "per_device_eval_batch_size": "batch_size",
         "generation_num_beams": "num_beams",
     }
-
-    model_path: Model
-    """Model to use: the result of a training, its run folder, or a Whisper model."""
-    base_model: Model | None = None
-    """Where the model lies that the result was made from, if not where it was while training."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Compute on the GPU (cuda) or the CPU. auto takes the GPU where one is."""
-    language: Language | None = None
-    """Language spoken in the recordings. Left out, the one the model was trained for, else found by the model."""
-    task: Task | None = None
-    """Text in the language that is spoken (transcribe) or in English (translate). Left out, what was trained."""
-    batch_size: Count = 8
-    """Recordings that are transcribed at once."""
-    num_beams: int = Field(1, ge=1, le=64)
-    """Alternatives followed at the same time; more is slower and sometimes better."""
-    audio_context: AudioContext | None = None
-    """How much audio the model looks at. Left out, what the model was trained with, else full."""
 
     audio_path: AnyPath | None = None
     """Recording, or folder of recordings, to transcribe."""
