@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--use_cpu", action="store_true", help="leave a GPU alone")
     parser.add_argument("--out", type=Path, help="JSON file for the result")

@@ -1,0 +1,73 @@
+"""The benchmarks run at their smallest size and end in the line that others read. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name: str, *arguments: object, out: Path) -> tuple[list[str], dict[str, Any]]:
+    """The lines that a benchmark prints and the result that it writes."""
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["commit"] and result["hardware"]["cores"] and result["versions"]["torch"]
+    return done.stdout.splitlines(), result
+
+
+@pytest.fixture
+def padding_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with the padding token that every published Whisper has; the stock recipe's collator needs it."""
+    from transformers import WhisperTokenizer
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tokenizer = WhisperTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_short_clips_compares_the_same_training_and_ends_in_a_ratio(padding_model: Path, tmp_path: Path) -> None:
+    small = ("--steps", 2, "--warmup", 1, "--batch", 2, "--seconds", 1, "--workers", 0)
+    lines, result = run("train_short_clips.py", "--model", padding_model, *small, "--use_cpu", out=tmp_path / "r.json")
+    assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
+    recipes = [result[name] for name in ("stock", "stock_longest", "ours")]
+    assert len({recipe["held_out_loss_before"] for recipe in recipes}) == 1
+    for recipe in recipes:
+        assert len(recipe["seconds_a_step"]) == 1
+        assert 0 < recipe["held_out_loss"] < recipe["held_out_loss_before"]
+        assert recipe["peak_memory_gib"] > 0
+    # 448 and the longest label differ in cost, not in what is learned: padding is hidden from the loss.
+    assert abs(result["stock"]["final_loss"] - result["stock_longest"]["final_loss"]) < 1e-3
+
+
+def test_loader_ends_in_the_share_of_waiting(tiny_model: Path, recordings: Callable[..., Path], tmp_path: Path) -> None:
+    given = ("--model", tiny_model, "--data", recordings(6), "--batch", 2, "--epochs", 1)
+    lines, result = run("loader.py", *given, out=tmp_path / "r.json")
+    assert re.fullmatch(r"data_wait \d+\.\d\d%", lines[-1])
+    assert result["steps"] == 3
+    # The two meters overlap, whatever the speed: what is waited lies outside the steps.
+    assert result["data_wait_percent"] <= result["outside_steps_percent"] + 5
+
+
+def test_manifest_reads_every_row_of_every_format(tmp_path: Path) -> None:
+    lines, result = run("manifest.py", "--rows", 20, out=tmp_path / "r.json")
+    assert re.fullmatch(r"rows_per_second \d+", lines[-1])
+    assert {"JSON list", "JSON map", "JSON lines", "CSV", "TSV", "Kaldi", "data folder"} <= set(result["formats"])
+
+
+def test_startup_ends_in_seconds(tmp_path: Path) -> None:
+    lines, result = run("startup.py", "--runs", 1, out=tmp_path / "r.json")
+    assert re.fullmatch(r"seconds \d+\.\d\d", lines[-1])
+    assert "resonance train --help" in result["commands"]
