@@ -12,6 +12,9 @@ from resonance.data.writing import write_manifest
 from resonance.errors import DataError, ManifestError, MissingExtraError
 from resonance.messages import _
 
+# One by one, 100,000 rows take 2 s to come out of Arrow; so many at once, 0.2 s. Audio inside the rows is held as long.
+ROWS_AT_ONCE = 16
+
 
 def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -93,7 +96,9 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         if isinstance(feature, datasets.Audio):
             # Undecoded: decoding is ours, and the package's own needs torchcodec and FFmpeg.
             dataset = dataset.cast_column(name, datasets.Audio(decode=False))
-    yield from dataset
+    for columns in dataset.iter(batch_size=ROWS_AT_ONCE):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 def _suffix(data: bytes) -> str:
