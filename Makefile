@@ -8,8 +8,8 @@ BIN := .venv/bin
 setup: .venv/.installed
 
 .venv/.installed: requirements.txt requirements-dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Resonance needs Python 3.10 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Resonance needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@# torch first: the pinned version decides which build everything else is installed against.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "`grep '^torch==' requirements.txt`" || \

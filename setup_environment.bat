@@ -14,7 +14,7 @@ if not defined FOUND call :try py -3
 if not defined FOUND call :try python
 if not defined FOUND call :try python3
 if not defined FOUND (
-    echo Error: Python 3.10 or newer is needed, and none was found.
+    echo Error: Python 3.11 or newer is needed, and none was found.
     echo   Install it from https://www.python.org/downloads/ and tick "Add python.exe to PATH", then run this script again.
     exit /b 1
 )
@@ -53,11 +53,11 @@ echo README.md has the whole way.
 exit /b 0
 
 :try
-%* -c "import sys; sys.exit(sys.version_info < (3, 10))" >nul 2>nul && set FOUND=%*
+%* -c "import sys; sys.exit(sys.version_info < (3, 11))" >nul 2>nul && set FOUND=%*
 exit /b 0
 
 :bad_python
-echo Error: PYTHON=%PYTHON% is not Python 3.10 or newer. Give another one, or none to let this script look.
+echo Error: PYTHON=%PYTHON% is not Python 3.11 or newer. Give another one, or none to let this script look.
 exit /b 1
 
 :no_packages

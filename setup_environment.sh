@@ -13,25 +13,25 @@ stop() {
     exit 1
 }
 
-# 3.10 or newer, the first that is found.
+# 3.11 or newer, the first that is found.
 python=""
 for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
         python="$candidate"
         break
     fi
-    [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is not Python 3.10 or newer." "Give another one, or none to let this script look."
+    [ -z "${PYTHON:-}" ] || stop "PYTHON=$PYTHON is not Python 3.11 or newer." "Give another one, or none to let this script look."
 done
 if [ -z "$python" ]; then
     found="$(python3 --version 2>&1 || true)"
-    stop "Python 3.10 or newer is needed, and none was found (python3: ${found:-not installed})." \
+    stop "Python 3.11 or newer is needed, and none was found (python3: ${found:-not installed})." \
         "Ubuntu and Debian: sudo apt-get install python3 python3-venv" \
         "macOS:             brew install python@3.12" \
         "Others:            https://www.python.org/downloads/"
 fi
 echo "Python: $("$python" --version 2>&1 | cut -d' ' -f2)"
 
-if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
     # Absent, half-made, or of an older Python.
     if [ -e .venv ]; then
         kept=".venv.old.$(date +%Y%m%d%H%M%S)"

@@ -111,7 +111,7 @@ def test_an_optional_package_comes_with_its_command(monkeypatch: pytest.MonkeyPa
 
 def test_optional_packages_ask_for_the_versions_of_the_package_itself() -> None:
     declared = {text.split(";")[0].strip() for text in metadata.requires("resonance-asr") or [] if "extra ==" in text}
-    asked = {text.partition('"')[2].rstrip('"') for _name, text in doctor.optional() if " install " in text}
+    asked = {text.partition(' install "')[2].rstrip('"') for _name, text in doctor.optional() if " install " in text}
     assert {name for name in asked if ">=" in name} <= declared
 
 
@@ -136,6 +136,7 @@ def test_a_flag_it_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 def test_pip_is_the_one_of_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/elsewhere/bin/pip")
-    assert doctor.pip() == f"{sys.executable} -m pip"
+    monkeypatch.setattr(sys, "executable", "/folder/python")
+    assert doctor.pip() == "/folder/python -m pip"
     monkeypatch.setattr(sys, "executable", "/a folder/python")
     assert doctor.pip() == '"/a folder/python" -m pip'

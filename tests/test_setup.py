@@ -93,8 +93,8 @@ def test_an_environment_that_does_not_work_is_put_aside_and_not_deleted(checkout
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"OLD": "1"}, "Python 3.10 or newer is needed, and none was found (python3: Python 3.8.10)"),
-        ({"OLD": "1", "PYTHON": "python3.12"}, "PYTHON=python3.12 is not Python 3.10 or newer"),
+        ({"OLD": "1"}, "Python 3.11 or newer is needed, and none was found (python3: Python 3.8.10)"),
+        ({"OLD": "1", "PYTHON": "python3.12"}, "PYTHON=python3.12 is not Python 3.11 or newer"),
         ({"NO_VENV": "1"}, "sudo apt-get install python3-venv"),
         ({"NO_INDEX": "1"}, "No connection to the package index?"),
     ],
