@@ -200,7 +200,7 @@ def start_clock() -> Any:
     from transformers import TrainerCallback, trainer
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """When each step ended, by the wall clock and in processor time, the loss each one logged, and the most memory in use until the last one ended."""
+        """When each step ended (wall clock and processor time), its loss, and the most memory in use until then."""
 
         def __init__(self) -> None:
             self.ended: list[float] = []
