@@ -145,7 +145,9 @@ def settings_of(given: argparse.Namespace) -> Any:
 
 def show(title: str, found: dict[str, Any]) -> None:
     print(
-        f"{title}: {found['samples_per_second']:.2f} samples/s, {found['peak_memory_gib']:.2f} GiB at most", flush=True
+        f"{title}: {found['samples_per_second']:.2f} samples/s, {found['cpu_seconds_a_sample']:.2f} s of processor time a "
+        f"sample, {found['peak_memory_gib']:.2f} GiB at most",
+        flush=True,
     )
     print(
         f"  its own loss {found['final_loss']:.3f}; held-out loss a text token, before {found['held_out_loss_before']:.3f}, "
