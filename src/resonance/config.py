@@ -31,6 +31,7 @@ from resonance.units import MAX_LABEL_TOKENS, WINDOW_SECONDS
 
 DEFAULT_STEPS = 500
 GOOD_EFFECTIVE_BATCH = range(8, 33)
+ALIGNMENT_STEPS = 80
 # The modules of a Whisper layer that a low-rank update can be put on, and PEFT's word for all linear ones.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2", "embed_tokens", "proj_out")
 ALL_LINEAR = "all-linear"
@@ -207,6 +208,9 @@ class TrainConfig(BaseModel):
     seconds."""
     audio_margin: float = Field(0.6, ge=0, le=WINDOW_SECONDS)
     """Silence kept behind the speech, in seconds. Recorded with the result, so that transcription keeps the same."""
+    context_alignment_steps: int | None = Field(None, ge=0)
+    """Updates before training that fit the short audio context to what the model hears in 30 seconds, without using the
+    transcripts; 0 makes none. Left out, 80, or a third of max_steps if that is less."""
 
     apply_spec_augment: bool = False
     """Hide random stretches of time and pitch while training, against overfitting."""
@@ -337,6 +341,15 @@ def _saves_as(strategy: str, data: Mapping[str, Any]) -> bool:
 def effective_batch(config: TrainConfig, devices: int) -> int:
     """Recordings behind one update of the model, over all `devices`."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * devices
+
+
+def alignment_steps(config: TrainConfig) -> int:
+    """Updates that fit the encoder to a short audio context; 0 where the context is the whole window or it is frozen."""
+    if config.audio_context in ("full", WINDOW_SECONDS) or config.finetuning == "frozen_encoder":
+        return 0
+    if config.context_alignment_steps is not None:
+        return config.context_alignment_steps
+    return min(ALIGNMENT_STEPS, config.max_steps // 3) if config.max_steps else ALIGNMENT_STEPS
 
 
 def batch_warning(config: TrainConfig, devices: int) -> str | None:

@@ -94,6 +94,22 @@ def _english_only_problems(c: TrainConfig) -> Iterator[Problem]:
 
 
 def _context_problems(c: TrainConfig) -> Iterator[Problem]:
+    if c.context_alignment_steps and c.audio_context in ("full", WINDOW_SECONDS):
+        yield (
+            ("context_alignment_steps", "audio_context"),
+            _(
+                "context_alignment_steps {steps} fits a short audio context to 30 seconds, but audio_context is "
+                "{context}. Leave context_alignment_steps out, or give audio_context auto."
+            ).format(steps=c.context_alignment_steps, context=c.audio_context),
+        )
+    if c.context_alignment_steps and c.finetuning == "frozen_encoder":
+        yield (
+            ("context_alignment_steps", "finetuning"),
+            _(
+                "context_alignment_steps {steps} changes the encoder, which finetuning frozen_encoder leaves as it is. "
+                "Leave context_alignment_steps out, or give finetuning lora or full."
+            ).format(steps=c.context_alignment_steps),
+        )
     if isinstance(c.audio_context, str):
         return
     room = round(c.audio_context - c.audio_margin, 2)

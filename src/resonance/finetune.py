@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,17 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from resonance.config import TrainConfig, batch_warning, effective_batch
+from resonance.config import TrainConfig, alignment_steps, batch_warning, effective_batch
 from resonance.config_io import dump_yaml
 from resonance.data.batches import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.data.writing import write_manifest
 from resonance.errors import Interrupted, OutOfMemoryError, RunFolderError
 from resonance.messages import _
-from resonance.model import lora, runs
-from resonance.model.load import choose_device, quiet_libraries
-from resonance.train import build, progress, resume
+from resonance.model import adapters, lora, runs
+from resonance.model.load import Whisper, choose_device, quiet_libraries
+from resonance.model.precision import training_precision
+from resonance.train import alignment, build, progress, resume
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
 from resonance.train.trainer import WhisperTrainer
@@ -55,6 +58,8 @@ def finetune(config: TrainConfig, console: Console) -> Path:
         write_manifest(run.train_rows, rows.train)
         if rows.held_out:
             write_manifest(run.held_out_rows, rows.held_out)
+        if not run.latest_checkpoint():
+            align(config, rows, whisper, model, context, run.events, console)
         train(trainer, run, console)
 
         info = describe(config, rows, whisper, trainer, only)
@@ -95,6 +100,47 @@ def announce(
         console.print(_("Nothing is held out: how good the result is will not be known."), style="yellow")
 
 
+def align(
+    config: TrainConfig,
+    rows: Rows,
+    whisper: Whisper,
+    model: Any,
+    context: AudioContext,
+    events: Path,
+    console: Console,
+) -> None:
+    """Fit the encoder at a short audio context to what it gives for 30 s, before it learns this voice from labels."""
+    steps = alignment_steps(config)
+    # A base that was itself trained at a short context has nothing to learn from its own answer for 30 s.
+    if not steps or not alignment.trainable_encoder(model) or adapters.short_context(config.model_name_or_path):
+        return
+    with progress.bar(console, _("fitting the audio context"), steps) as on_step, explained_out_of_memory():
+        difference = alignment.align_audio_context(
+            model,
+            rows.train,
+            context,
+            whisper.n_mels,
+            steps=steps,
+            batch_size=config.per_device_train_batch_size,
+            learning_rate=alignment.LEARNING_RATE["lora" if config.finetuning == "lora" else "full"],
+            precision=training_precision(config.precision, whisper.model.device),
+            seed=config.seed,
+            on_step=on_step,
+        )
+    set_seed(config.seed)
+    row = {"step": 0, "context_difference_before": difference.before, "context_difference": difference.after}
+    events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
+    progress.append_event(events, row)
+    console.print(
+        _(
+            "Audio context: what the model hears at the length of the recordings differed from what it hears in 30 s by "
+            "{before:.1%}, now by {after:.1%}"
+        ).format(before=difference.before, after=difference.after),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> None:
     """Run the loop from the last complete checkpoint. Raises Interrupted, with everything saved, on a signal."""
     latest = run.latest_checkpoint()
@@ -102,7 +148,7 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
     stop = progress.StopOnSignal()
     for callback in (resume.NewIntervals(), line, stop):
         trainer.add_callback(callback)
-    with stop.installed(), quiet_libraries():
+    with stop.installed(), quiet_libraries(), explained_out_of_memory():
         try:
             if latest and resume.all_steps_done(trainer, latest):
                 resume.finish(trainer, latest)
@@ -110,15 +156,6 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except progress.StopNow:
             pass  # the signal came while evaluating; the step before it is done
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                _(
-                    "The GPU has too little memory for these settings. Continue with --resume and half of "
-                    "--per_device_train_batch_size with twice the --gradient_accumulation_steps, which trains the same, or "
-                    "with --gradient_checkpointing. If that is not enough, begin again in another --output_dir with "
-                    "--use_8bit, a smaller --max_audio_len or a smaller model."
-                )
-            ) from error
         except OSError as error:  # `events.jsonl`, TensorBoard
             raise RunFolderError(
                 _(
@@ -136,3 +173,19 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
                 ),
                 stop.received,
             )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """What to do about it, in place of PyTorch's account of the allocator."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            _(
+                "The GPU has too little memory for these settings. Continue with --resume and half of "
+                "--per_device_train_batch_size with twice the --gradient_accumulation_steps, which trains the same, or "
+                "with --gradient_checkpointing. If that is not enough, begin again in another --output_dir with "
+                "--use_8bit, a smaller --max_audio_len or a smaller model."
+            )
+        ) from error

@@ -73,6 +73,12 @@ def find(path: Path) -> Path | None:
     return None
 
 
+def short_context(name: str) -> bool:
+    """Whether `name` is the folder of a model that was trained at a shorter audio context than its window."""
+    folder = find(Path(name).expanduser())
+    return folder is not None and (folder / INFO_FILE).is_file() and read_info(folder).audio_context != "full"
+
+
 def check_complete(folder: Path) -> None:
     """Raise AdapterError naming the files that a LoRA adapter folder lacks."""
     needed = (

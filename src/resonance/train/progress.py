@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -39,8 +39,12 @@ class EventLog(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_event(self.path, {"step": state.global_step, **logs})
+
+
+def append_event(path: Path, row: Mapping[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
@@ -122,6 +126,22 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if self.task is not None:
             self.bar.stop()
             self.task = None
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Gives the function that is told how much is done."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as shown:
+        task = shown.add_task(title, total=total)
+        yield lambda done: shown.update(task, completed=done)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
