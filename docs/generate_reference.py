@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from resonance import cli, cli_data, passthrough
-from resonance.config import EvaluateConfig, Switch, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, EvaluateConfig, Switch, TrainConfig, TranscribeConfig
 from resonance.config_help import description, expected
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -67,22 +67,28 @@ def page() -> str:
     parts = [HEAD]
     for model, name in ((TrainConfig, "train"), (EvaluateConfig, "evaluate"), (TranscribeConfig, "transcribe")):
         parts += settings(model, f"resonance {name}")
+    parts += settings(CurveConfig, "resonance curve", beside=TrainConfig)
     parts += training_arguments()
     for name, command in cli_data.COMMANDS.items():
         parts += flags(f"resonance data {name}", command)
+    parts += flags("resonance demo", cli.demo)
     parts += flags("resonance doctor", cli.doctor)
     return "\n".join(parts) + TAIL
 
 
-def settings(model: type[BaseModel], command: str) -> Iterator[str]:
-    """The settings of one command, by group."""
+def settings(model: type[BaseModel], command: str, beside: type[BaseModel] | None = None) -> Iterator[str]:
+    """The settings of one command, by group; of a command that takes all of `beside` too, those that differ."""
     yield f"## {command}\n"
     yield " ".join((model.__doc__ or "").split()) + "\n"
     groups: dict[str, str] = getattr(model, "groups", {})
-    for name, field in model.model_fields.items():
+    fields = model.model_fields
+    if beside:
+        fields = {name: field for name, field in fields.items() if repr(field) != repr(beside.model_fields.get(name))}
+        yield "| setting | takes | default | meaning |\n|---|---|---|---|"
+    for name, field in fields.items():
         if name == "extra":
             continue
-        if name in groups:
+        if name in groups and not beside:
             yield f"\n### {groups[name]}\n\n| setting | takes | default | meaning |\n|---|---|---|---|"
         others = "".join(f"<br>{other}" for other in other_names(model, name))
         default = "needed" if field.is_required() else shown(field.default)
@@ -155,7 +161,7 @@ def shown(value: Any) -> str:
     if value is None or value is PydanticUndefined:
         return ""
     if isinstance(value, list):
-        value = ",".join(value)
+        value = ",".join(map(str, value))
     return (
         f"`{value:g}`" if isinstance(value, float) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
     )

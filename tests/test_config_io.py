@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from resonance import config_help
-from resonance.config import EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
 from resonance.config_help import help_page
 from resonance.config_io import dump_yaml, from_mapping, load_yaml, parse
 from resonance.errors import ConfigError, RunFolderError
@@ -410,7 +410,7 @@ def test_a_mapping_with_mistakes_names_its_source() -> None:
     )
 
 
-@pytest.mark.parametrize("model", [TrainConfig, EvaluateConfig, TranscribeConfig])
+@pytest.mark.parametrize("model", [TrainConfig, CurveConfig, EvaluateConfig, TranscribeConfig])
 def test_help_lists_every_flag_within_80_columns(model: type[BaseModel]) -> None:
     page = help_page(model, "resonance train", width=80)
     assert max(map(len, page.splitlines())) <= 80

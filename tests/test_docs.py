@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from resonance import cli, cli_data
-from resonance.config import EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
 from resonance.config_io import load_yaml, parse
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-MODELS = {"train": TrainConfig, "evaluate": EvaluateConfig, "transcribe": TranscribeConfig}
+MODELS = {"train": TrainConfig, "curve": CurveConfig, "evaluate": EvaluateConfig, "transcribe": TranscribeConfig}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from resonance import __version__
-from resonance.config import EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
 from resonance.config_io import parse
 from resonance.errors import ConfigError, Interrupted, ResonanceError
 from resonance.messages import _
@@ -110,6 +110,8 @@ def overview() -> str:
         ("train", _("fine-tune Whisper on recordings and their transcripts")),
         ("evaluate", _("compare the result with the model it was made from, on held-out recordings")),
         ("transcribe", _("turn recordings into text")),
+        ("curve", _("train on 10, 30, 50, 100 recordings: would recording more help?")),
+        ("demo", _("the whole way on recordings that come with it, offline, in minutes")),
         ("data check", _("find recordings and transcripts that would spoil a training")),
         ("data convert", _("any audio or video to 16 kHz mono WAV")),
         ("data split", _("divide recordings into training and validation")),
@@ -180,6 +182,32 @@ def transcribe(argv: list[str]) -> int:
     return transcribe_to_output(config)
 
 
+def curve(argv: list[str]) -> int:
+    config = parse(CurveConfig, argv, "resonance curve")
+    from resonance.evaluate.curve import advice, format_table
+    from resonance.learning_curve import learning_curve
+
+    console = plain_console()
+    points, page = learning_curve(config, console)
+    console.print(format_table(points))
+    console.print(advice(points), soft_wrap=True)
+    console.print(_("Report: {path}").format(path=page), soft_wrap=True)
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    from resonance.cli_data import Parser
+
+    parser = Parser("resonance demo", _("Fine-tune a small model for a simulated speaker and show what it gained."))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("resonance-demo"), help=_("folder for recordings, model and report")
+    )
+    args = parser.parse_args(argv)
+    from resonance.demo import demo
+
+    return demo(args.output_dir, dispatch, plain_console())
+
+
 def data(argv: list[str]) -> int:
     from resonance import cli_data
 
@@ -207,5 +235,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
     "transcribe": transcribe,
+    "curve": curve,
+    "demo": demo,
     "doctor": doctor,
 }

@@ -332,6 +332,21 @@ class TrainConfig(BaseModel):
         return self
 
 
+class CurveConfig(TrainConfig):
+    """Train on more and more of the recordings and measure each time, to see whether more recordings help.
+
+    Takes every setting of `resonance train`.
+    """
+
+    groups: ClassVar[dict[str, str]] = TrainConfig.groups | {"sizes": "Curve"}
+    aliases: ClassVar[dict[str, str | Switch]] = TrainConfig.aliases | {"test_file": "validation_file"}
+
+    sizes: Annotated[list[Count], Field(min_length=1)] = [10, 30, 50, 100]
+    """Numbers of recordings to train on, separated by commas. In place of more than there are, all are taken."""
+    validation_split: float = Field(0.25, ge=0, lt=1)
+    """Share of the recordings that every training is measured on, where no validation_file is given."""
+
+
 def _saves_as(strategy: str, data: Mapping[str, Any]) -> bool:
     """Whether checkpoints are written as `save_strategy` says, given the settings before it."""
     evaluation = data.get("eval_strategy", strategy)

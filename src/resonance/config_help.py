@@ -82,6 +82,9 @@ def _alternatives(annotation: Any, bounds: tuple[Any, ...]) -> Iterator[tuple[An
 def _in_words(kind: Any, bounds: tuple[Any, ...]) -> str:
     if get_origin(kind) is Literal:
         return _("one of {choices}").format(choices=", ".join(get_args(kind)))
+    if get_origin(kind) is list and (inner := next(_alternatives(get_args(kind)[0], ())))[0] is int:
+        words = _("whole numbers separated by commas")
+        return f"{words} ({limits})" if (limits := _limits(inner[1])) else words
     names = {
         bool: _("true or false"),
         int: _("a whole number"),
@@ -136,7 +139,7 @@ def _shown(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return f"{value:g}"
-    return ",".join(value) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _columns(text: str) -> int:

@@ -111,8 +111,9 @@ def align(
 ) -> None:
     """Fit the encoder at a short audio context to what it gives for 30 s, before it learns this voice from labels."""
     steps = alignment_steps(config)
+    own = adapters.own_info(config.model_name_or_path)
     # A base that was itself trained at a short context has nothing to learn from its own answer for 30 s.
-    if not steps or not alignment.trainable_encoder(model) or adapters.short_context(config.model_name_or_path):
+    if not steps or not alignment.trainable_encoder(model) or (own and own.audio_context != "full"):
         return
     with progress.bar(console, _("fitting the audio context"), steps) as on_step, explained_out_of_memory():
         difference = alignment.align_audio_context(

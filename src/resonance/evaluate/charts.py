@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from resonance.evaluate.metrics import Rate
@@ -25,11 +25,12 @@ class IntervalRow:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points (step, value) under a name. `style` is the CSS class "a" or "b"."""
+    """Points (step, value) under a name. `style` is the CSS class "a" or "b". `whiskers`: intervals (step, low, high)."""
 
     name: str
     style: str
     points: Sequence[tuple[float, float]]
+    whiskers: Sequence[tuple[float, float, float]] = ()
 
 
 def interval_chart(description: str, rows: Sequence[IntervalRow]) -> str:
@@ -70,10 +71,12 @@ def interval_chart(description: str, rows: Sequence[IntervalRow]) -> str:
 def line_chart(description: str, x_label: str, curves: Sequence[Curve], percent: bool = False) -> str:
     """Curves over training steps on an axis from 0."""
     height = 210
-    curves = [Curve(c.name, c.style, _thin([p for p in c.points if math.isfinite(p[1])])) for c in curves]
+    curves = [replace(c, points=_thin([p for p in c.points if math.isfinite(p[1])])) for c in curves]
     curves = [c for c in curves if c.points]
     last = max((p[0] for c in curves for p in c.points), default=1.0) or 1.0
-    top = _nice_top(max((p[1] for c in curves for p in c.points), default=1.0))
+    top = _nice_top(
+        max([*(p[1] for c in curves for p in c.points), *(w[2] for c in curves for w in c.whiskers)] or [1.0])
+    )
     width, depth = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
@@ -94,6 +97,11 @@ def line_chart(description: str, x_label: str, curves: Sequence[Curve], percent:
     for curve in curves:
         corners = [at(point) for point in curve.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        for step, low, high in curve.whiskers:
+            (x, bottom), (_x, above) = at((step, low)), at((step, high))
+            parts.append(
+                f'<line class="whisker {curve.style}" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{above:.1f}"/>'
+            )
         parts.append(f'<polyline class="curve {curve.style}" points="{path}"/>')
         if len(corners) <= 40:
             parts += [f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in corners]

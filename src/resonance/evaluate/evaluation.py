@@ -61,8 +61,11 @@ def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport
     language = config.language or (info.language if info else None) or only_language(test)
     # Given to the base too, which does not know by itself what the adapter was trained for.
     settings = DecodeSettings(language, config.task or (info.task if info else None), config.num_beams)
-    tuned = texts(recognizer, test, settings, config.batch_size, console, _("tuned model") if info else _("model"))
-    base = base_texts(recognizer, config, info, test, settings, console) if info else None
+    base_model = (config.base_model or info.base_model) if info else None
+    tuned = texts(
+        recognizer, test, settings, config.batch_size, console, _("tuned model") if base_model else _("model")
+    )
+    base = base_texts(recognizer, base_model, config, test, settings, console) if base_model else None
 
     normalizer = normalizer_for(language, recognizer.spellings())
     references = [row.text for row in test]
@@ -87,7 +90,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport
         rows[i] = replace(rows[i], wav=clip_as_wav(test[i]))
     report = EvaluationReport(
         title=_("How well {name} is understood").format(name=run.path.name if run else place.name),
-        base_model=info.base_model if info else None,
+        base_model=(info.base_model or base_model) if info else None,
         tuned_model=config.model_path,
         language=language,
         created=adapters.now(),
@@ -168,7 +171,7 @@ def provenance(
         )
     held_out = load_manifest(run.held_out_rows).utterances if run and run.held_out_rows.is_file() else []
     chosen_on = {(row.audio, row.start) for row in held_out}
-    if info.settings["load_best_model_at_end"] and any((row.audio, row.start) in chosen_on for row in test):
+    if info.settings.get("load_best_model_at_end") and any((row.audio, row.start) in chosen_on for row in test):
         notes.append(
             _(
                 "The best checkpoint of the training was chosen on these same recordings, so the numbers after it are a "
@@ -180,17 +183,17 @@ def provenance(
 
 def base_texts(
     recognizer: TorchRecognizer,
+    base_model: str,
     config: EvaluateConfig,
-    info: adapters.Info,
     test: Sequence[Utterance],
     settings: DecodeSettings,
     console: Console,
 ) -> list[str]:
-    """What the base model understands, as it comes: at its own 30 s context."""
-    if info.kind == "lora":
+    """What the base model understands, as it comes: at its own context, which is 30 s for stock models."""
+    if recognizer.info and recognizer.info.kind == "lora":
         with recognizer.as_base():
             return texts(recognizer, test, settings, config.batch_size, console, _("base model"))
-    base = load_recognizer(config.base_model or info.base_model, device=config.device)
+    base = load_recognizer(base_model, device=config.device)
     return texts(base, test, settings, config.batch_size, console, _("base model"))
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resonance.errors import AdapterError
 from resonance.messages import _
+from resonance.model.builtin import folder_of
 
 INFO_FILE = "resonance.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -27,8 +28,8 @@ class Info(BaseModel):
 
     format_version: Literal[1] = FORMAT_VERSION
     kind: Literal["lora", "full"]
-    base_model: str  # as given to --model_name_or_path
-    base_fingerprint: str  # of the base's weights, see `load.weights_fingerprint`
+    base_model: str | None  # as given to --model_name_or_path; None: trained from nothing
+    base_fingerprint: str | None  # of the base's weights, see `load.weights_fingerprint`
     language: str | None
     task: Literal["transcribe", "translate"]
     audio_context: Literal["auto", "full"] | float  # seconds when a number
@@ -73,10 +74,10 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def short_context(name: str) -> bool:
-    """Whether `name` is the folder of a model that was trained at a shorter audio context than its window."""
-    folder = find(Path(name).expanduser())
-    return folder is not None and (folder / INFO_FILE).is_file() and read_info(folder).audio_context != "full"
+def own_info(name: str) -> Info | None:
+    """`resonance.json` of the model `name`, which says at what audio context it was trained; None for stock models."""
+    folder = find(Path(folder_of(name)).expanduser())
+    return read_info(folder) if folder and (folder / INFO_FILE).is_file() else None
 
 
 def check_complete(folder: Path) -> None:
@@ -107,7 +108,7 @@ def check_base(info: Info, folder: Path, base_name: str, base_fingerprint: str) 
             ).format(
                 folder=folder,
                 expected=info.base_model,
-                expected_print=info.base_fingerprint[:12],
+                expected_print=(info.base_fingerprint or "")[:12],
                 found=base_name,
                 found_print=base_fingerprint[:12],
             )

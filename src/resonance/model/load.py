@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from resonance.errors import MissingExtraError, ModelError
 from resonance.messages import _
 from resonance.model.allocator import return_large_blocks
+from resonance.model.builtin import folder_of
 from resonance.model.context import allow_any_audio_context
 from resonance.units import MAX_LABEL_TOKENS
 
@@ -73,27 +74,28 @@ def load_whisper(
     What is in the local cache is used without asking the hub. Raises ModelError with the way out when the folder is
     incomplete, the name unknown, the hub out of reach or the architecture another one.
     """
-    check_folder(name)
+    place = folder_of(name)
+    check_folder(place)
     return_large_blocks()
     with quiet_libraries():
         options: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": True}
         try:
-            config = AutoConfig.from_pretrained(name, **options)
-            cached_file(name, "model.safetensors", **options)
+            config = AutoConfig.from_pretrained(place, **options)
+            cached_file(place, "model.safetensors", **options)
         except (OSError, ValueError):
             options["local_files_only"] = False
         try:
-            config = AutoConfig.from_pretrained(name, **options)
+            config = AutoConfig.from_pretrained(place, **options)
             if config.model_type != "whisper":
                 raise ModelError(
                     _("{name} is a {found} model, not Whisper. Choose a Whisper checkpoint.").format(
                         name=name, found=config.model_type
                     )
                 )
-            tokenizer = WhisperTokenizer.from_pretrained(name, **options)
-            feature_extractor = WhisperFeatureExtractor.from_pretrained(name, **options)
+            tokenizer = WhisperTokenizer.from_pretrained(place, **options)
+            feature_extractor = WhisperFeatureExtractor.from_pretrained(place, **options)
             model, loaded = WhisperForConditionalGeneration.from_pretrained(
-                name,
+                place,
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation="sdpa",
@@ -101,7 +103,7 @@ def load_whisper(
                 **_placement(quantization, device),
                 **options,
             )
-            fingerprint = weights_fingerprint(name, cache_dir)
+            fingerprint = weights_fingerprint(place, cache_dir)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(explain(name, error)) from error
     if loaded["missing_keys"]:  # transformers fills them with random numbers
@@ -119,14 +121,15 @@ def load_whisper(
 
 def load_tokenizer(name: str, cache_dir: Path | None = None) -> tuple[WhisperTokenizer, bool]:
     """A checkpoint's tokenizer, and whether the model is multilingual, without its weights."""
+    place = folder_of(name)
     with quiet_libraries():
         try:
-            config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-            tokenizer = WhisperTokenizer.from_pretrained(name, cache_dir=cache_dir)
+            config = AutoConfig.from_pretrained(place, cache_dir=cache_dir)
+            tokenizer = WhisperTokenizer.from_pretrained(place, cache_dir=cache_dir)
         except (OSError, ValueError) as error:
             raise ModelError(explain(name, error)) from error
         try:
-            generation = GenerationConfig.from_pretrained(name, cache_dir=cache_dir)
+            generation = GenerationConfig.from_pretrained(place, cache_dir=cache_dir)
         except (OSError, ValueError):  # old checkpoints have none
             generation = None
     return tokenizer, is_multilingual(generation, config)

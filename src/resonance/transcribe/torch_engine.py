@@ -19,6 +19,7 @@ from resonance.data.tokens import LabelTokenizer
 from resonance.errors import ConfigError, ModelError
 from resonance.messages import _
 from resonance.model import adapters
+from resonance.model.builtin import folder_of
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
@@ -104,6 +105,7 @@ class TorchRecognizer:
     whisper: Whisper
     context: AudioContext
     info: adapters.Info | None = None  # of the adapter or fine-tuned model; None for a stock model
+    base_context: AudioContext | None = None  # what the base under an adapter was trained with; None: its whole window
 
     @property
     def name(self) -> str:
@@ -164,11 +166,12 @@ class TorchRecognizer:
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[None]:
-        """The base model without the adapter, at the base's own full context, for as long as the block lasts."""
+        """The base model without the adapter, at the base's own context, for as long as the block lasts."""
         if self.info is None or self.info.kind != "lora":
             raise ValueError("only a recogniser with an adapter has a base inside it")
         tuned = self.context, self.info
-        self.context, self.info = AudioContext("full", 0.0, self.context.window_positions), None
+        self.context = self.base_context or AudioContext("full", 0.0, self.context.window_positions)
+        self.info = None
         try:
             with self.whisper.model.disable_adapter():
                 yield
@@ -240,7 +243,7 @@ def load_recognizer(
 
     where = choose_device(device)
     dtype = inference_dtype(where)
-    folder = adapters.find(Path(model_path).expanduser())
+    folder = adapters.find(Path(folder_of(model_path)).expanduser())
     if folder is None:
         if (Path(model_path) / "events.jsonl").is_file():
             raise ModelError(
@@ -266,6 +269,7 @@ def load_recognizer(
         return TorchRecognizer(whisper, AudioContext(context, info.audio_margin, whisper.window_positions), info)
     adapters.check_complete(folder)
     base_name = base_model or info.base_model
+    assert base_name is not None  # an adapter has one
     try:
         whisper = load_whisper(base_name, device=where, dtype=dtype, cache_dir=cache_dir)
     except ModelError as error:
@@ -278,7 +282,11 @@ def load_recognizer(
     tuned = Whisper(
         str(folder), attach(whisper.model, folder), whisper.tokenizer, whisper.feature_extractor, whisper.fingerprint
     )
-    return TorchRecognizer(tuned, AudioContext(context, info.audio_margin, whisper.window_positions), info)
+    own = adapters.own_info(base_name)
+    base_context = AudioContext(own.audio_context, own.audio_margin, whisper.window_positions) if own else None
+    return TorchRecognizer(
+        tuned, AudioContext(context, info.audio_margin, whisper.window_positions), info, base_context
+    )
 
 
 def attach(model: Any, folder: Path) -> Any:
