@@ -1,9 +1,16 @@
 # make test   everything CI runs, in a virtual environment of its own (.venv)
 # make setup  the virtual environment with the command line: .venv/bin/resonance
+# make demo   a model fine-tuned for one simulated speaker, from recordings to report, offline once set up
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format clean
+DEMO ?= resonance-demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NO_INDEX := echo "Packages could not be installed; what pip says is above. No connection to the package index? Check the" \
+	"network and the proxy (HTTPS_PROXY), or name a mirror: make PIP_INDEX_URL=https://… . Then run make again: what is" \
+	"installed already is kept."; exit 1
+
+.PHONY: setup demo test lint format clean
 
 setup: .venv/.installed
 
@@ -12,11 +19,13 @@ setup: .venv/.installed
 		{ echo "Resonance needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@# torch first: the pinned version decides which build everything else is installed against.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "`grep '^torch==' requirements.txt`" || \
-		{ echo "The package index could not be reached or has no such torch. Check the network or PIP_INDEX_URL, then run make again."; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) "`grep '^torch==' requirements.txt`" || { $(NO_INDEX); }
+	$(PIP) -r requirements-dev.txt || { $(NO_INDEX); }
+	$(PIP) --no-deps -e . || { $(NO_INDEX); }
 	@touch $@
+
+demo: setup
+	@$(BIN)/resonance demo --output_dir "$(DEMO)"
 
 lint: setup
 	$(BIN)/ruff check .
