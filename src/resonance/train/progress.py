@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -42,9 +43,11 @@ class EventLog(TrainerCallback):  # type: ignore[misc]
             append_event(self.path, {"step": state.global_step, **logs})
 
 
-def append_event(path: Path, row: Mapping[str, float]) -> None:
+def append_event(path: Path, row: Mapping[str, Any]) -> None:
+    """One JSON object in a line. What is not a number is null: JSON has no NaN, and strict readers refuse it."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+        stream.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
