@@ -148,6 +148,20 @@ def test_the_last_step_is_neither_repeated_nor_added_to_when_only_the_result_is_
     assert read_info(folder / "adapter").scores == scores
 
 
+def test_training_stops_early_and_resuming_does_not_begin_to_count_again(
+    tmp_path: Path, recordings, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Weights that stay as they are: the first measurement is the best, and two without improvement are the end.
+    labels, folder = recordings(), tmp_path / "run"
+    flags = ("--max_steps=9", "--eval_steps=1", "--early_stopping_patience=2", "--learning_rate=1e-12")
+    assert train(labels, folder, *flags, "--context_alignment_steps=0") == 0
+    assert events(folder, "eval_wer") == [1, 2, 3]
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
+    assert train(labels, folder, *flags, "--context_alignment_steps=0", "--resume") == 0
+    assert events(folder, "eval_wer") == [1, 2, 3]
+
+
 def test_two_trainings_do_not_write_to_one_folder(
     tmp_path: Path, recordings, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

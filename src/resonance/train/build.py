@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback
 
 from resonance.config import TrainConfig
 from resonance.data.augment import Augmentation
@@ -18,6 +17,7 @@ from resonance.model.load import Whisper, load_whisper
 from resonance.model.precision import DTYPES, training_precision
 from resonance.train import progress
 from resonance.train.arguments import best_metric, training_arguments
+from resonance.train.resume import EarlyStopping
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
 from resonance.units import WINDOW_SECONDS
@@ -95,7 +95,7 @@ def build_trainer(
 
     callbacks = progress.callbacks(run, config)
     if config.early_stopping_patience and rows.held_out:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStopping(config.early_stopping_patience))
     return WhisperTrainer(
         model=model,
         args=training_arguments(

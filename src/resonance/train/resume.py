@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from resonance.config import TrainConfig, effective_batch
@@ -133,6 +133,17 @@ class NewIntervals(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
+
+
+class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+    """Goes on counting where the run stopped; transformers' own begins at zero again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = sum(
+            args.metric_for_best_model in row and row["step"] > (state.best_global_step or 0)
+            for row in state.log_history
+        )
 
 
 def _state(checkpoint: Path) -> TrainerState:
