@@ -17,6 +17,7 @@ import soundfile
 
 from resonance.cli import run
 from resonance.data.audio import iter_blocks
+from resonance.model.adapters import read_info
 from resonance.model.runs import RunFolder, read_events
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -89,6 +90,26 @@ def test_a_signal_while_measuring_saves_the_step_before_and_resuming_measures_th
     assert run(["train", "--resume", "--output_dir", str(folder)]) == 0
     assert steps(folder, "loss") == [1, 2, 3, 4]
     assert steps(folder, "eval_wer") == [4]
+
+
+def test_a_step_whose_measuring_was_stopped_is_measured_on_resuming_and_can_be_the_best(
+    tmp_path: Path, recordings: Callable[..., Path], train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resonance.train import trainer
+
+    labels, folder, undisturbed = recordings(), tmp_path / "run", tmp_path / "undisturbed"
+    # From the second measurement on it gets worse, so that the best step is the one whose measuring is stopped.
+    flags = ("--eval_steps=2", "--max_steps=6", "--learning_rate=0.3", "--per_device_eval_batch_size=1")
+    assert train(labels, undisturbed, *flags) == 0
+    with monkeypatch.context() as patch:
+        send_at_call(patch, trainer, "decode", 2, signal.SIGTERM)
+        assert train(labels, folder, *flags) == 143
+    assert steps(folder, "eval_wer") == []
+    assert run(["train", "--resume", "--output_dir", str(folder)]) == 0
+    assert steps(folder, "eval_wer") == steps(undisturbed, "eval_wer") == [2, 4, 6]
+    found, expected = (read_info(place / "adapter").scores for place in (folder, undisturbed))
+    assert expected["step"] == 2
+    assert found == pytest.approx(expected)
 
 
 def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:

@@ -144,7 +144,7 @@ def align(
 
 def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> None:
     """Run the loop from the last complete checkpoint. Raises Interrupted, with everything saved, on a signal."""
-    latest = run.latest_checkpoint()
+    latest, measured = run.latest_checkpoint(), True
     line = progress.ProgressLine(console, trainer.metric)
     stop = progress.StopOnSignal()
     for callback in (resume.NewIntervals(), line, stop):
@@ -154,9 +154,11 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
             if latest and resume.all_steps_done(trainer, latest):
                 resume.finish(trainer, latest)
             else:
+                if latest:
+                    resume.measure_missed(trainer, latest)
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         except progress.StopNow:
-            pass  # the signal came while evaluating; the step before it is done
+            measured = False  # the signal came while evaluating; the step before it is done
         except OSError as error:  # `events.jsonl`, TensorBoard
             raise RunFolderError(
                 _(
@@ -168,6 +170,8 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
             line.stop()
         if stop.received is not None:
             saved = trainer.save_now()
+            if not measured:
+                (saved / resume.UNMEASURED_FILE).touch()
             raise Interrupted(
                 _("Stopped at step {step}. {folder} is saved; continue with --resume.").format(
                     step=trainer.state.global_step, folder=saved

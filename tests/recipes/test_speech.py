@@ -22,7 +22,7 @@ import numpy as np
 from recipes.demo_speaker import manner
 from recipes.nano import speech
 random = np.random.default_rng(5)
-audio, _times = speech.record([manner.speak("close the door", "en", random)], random)
+audio = speech.record([manner.speak("close the door", "en", random)], random).audio
 print(hashlib.sha256(audio.tobytes()).hexdigest())
 """
     root = Path(__file__).resolve().parents[2]
@@ -38,11 +38,13 @@ def test_recordings_stay_in_range_and_say_when_speech_begins() -> None:
     random = np.random.default_rng(0)
     for language, text in (("en", "drink water"), ("zh", "我想喝水")):
         spoken = [speech.say(text, language, speech.draw_voice(random)) for _ in range(2)]
-        audio, times = speech.record(spoken, random, clean=True)
+        recording = speech.record(spoken, random, clean=True)
+        audio, times = recording.audio, recording.phrases
         assert audio.dtype == np.float32
         assert np.abs(audio).max() <= 1
         loud = np.flatnonzero(np.abs(audio) > 0.1 * np.abs(audio).max()) / 16_000
         assert times[0][0] - 0.02 <= loud[0] <= times[0][1]
+        assert times[0][0] - 0.02 <= recording.sounds[0][0] <= times[0][0] + 0.05
         assert times[1][0] <= loud[-1] <= times[1][1] + 0.02 <= len(audio) / 16_000 + 0.04
 
 
@@ -59,5 +61,5 @@ def test_voices_of_scoring_and_demo_are_never_trained() -> None:
 def test_takes_of_the_demo_speaker_differ() -> None:
     random = np.random.default_rng(0)
     first, second = (manner.speak("我想喝水", "zh", random) for _ in range(2))
-    assert len(first) > 16_000
-    assert len(first) != len(second)
+    assert len(first.audio) > 16_000
+    assert len(first.audio) != len(second.audio)

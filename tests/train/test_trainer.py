@@ -191,6 +191,8 @@ def test_speed_leaves_out_pauses_and_counts_waiting() -> None:
         nonlocal now
         now += seconds
 
+    with meter.pausing():
+        passes(50.0)  # a resumed run measured a step before it trains
     with meter.waiting():
         passes(5.0)  # workers start: not counted
     passes(3.0)

@@ -20,6 +20,7 @@ from resonance.model.runs import RunFolder
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
 
+UNMEASURED_FILE = "unmeasured"  # in a checkpoint: a signal stopped the measuring of its step
 # Everything else shapes the weights, or what "best" is measured on: changed in the middle, it would make a result that
 # its own settings do not describe. Where recordings lie may change; `check_rows` sees whether they are the same ones.
 FREE = frozenset(
@@ -126,6 +127,30 @@ def finish(trainer: WhisperTrainer, checkpoint: Path) -> None:
     if trainer.args.load_best_model_at_end and best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
         trainer._load_best_model()
+
+
+def measure_missed(trainer: WhisperTrainer, checkpoint: Path) -> None:
+    """Measure the step of `checkpoint` if a signal had stopped the measuring: it may be the best one.
+
+    Nothing is written to the checkpoint; the score is carried into the training that goes on from it.
+    """
+    if not (checkpoint / UNMEASURED_FILE).is_file():
+        return
+    trainer.state = _state(checkpoint)
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer._determine_best_metric(trainer.evaluate(), None)
+    trainer.callback_handler.callbacks.insert(0, _CarriedOver(trainer.state))  # early stopping counts what it brings
+
+
+class _CarriedOver(TrainerCallback):  # type: ignore[misc]
+    """Puts a measurement made before training into the state that Trainer reads from the checkpoint."""
+
+    def __init__(self, measured: TrainerState) -> None:
+        self.measured = measured
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history = list(self.measured.log_history)
+        state.best_metric, state.best_global_step = self.measured.best_metric, self.measured.best_global_step
 
 
 class NewIntervals(TrainerCallback):  # type: ignore[misc]

@@ -141,7 +141,10 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         found = [row for row in self.state.log_history if "eval_loss" in row and row["step"] == (step or row["step"])]
         if not found:
             return {}
-        timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        timing = (
+            *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+            "eval_model_preparation_time",  # where Trainer measured before it trained
+        )
         scores = {k.removeprefix("eval_"): v for k, v in found[-1].items() if k.startswith("eval_") and k not in timing}
         return {**scores, "step": found[-1]["step"]}
 
@@ -195,7 +198,8 @@ class Meter:
         try:
             yield
         finally:
-            self.paused += self.clock() - began
+            if self.since is not None:  # else nothing is being measured yet: evaluated before training
+                self.paused += self.clock() - began
 
     def read(self, step: int) -> dict[str, float]:
         now = self.clock()
