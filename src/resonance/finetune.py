@@ -45,7 +45,12 @@ def finetune(config: TrainConfig, console: Console) -> Path:
         only = single_language([*rows.train, *rows.held_out], language)
         whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
         tokenizer = LabelTokenizer(
-            whisper.tokenizer, whisper.multilingual, language, config.task, whisper.max_label_tokens
+            whisper.tokenizer,
+            whisper.multilingual,
+            language,
+            config.task,
+            whisper.max_label_tokens,
+            learns_language=only is None,
         )
         check_labels([*rows.train, *rows.held_out], tokenizer)
 

@@ -45,6 +45,17 @@ def test_a_multilingual_model_is_given_language_task_and_mode_and_answers_the_te
     assert spelled(tokenizer, pair.labels) == ["-", "-", "-", *text, "<|endoftext|>"]
 
 
+def test_where_recordings_are_in_several_languages_the_model_learns_to_tell_which(
+    tiny_model: Path, english_model: Path
+) -> None:
+    tokenizer = labels(tiny_model, language=None, learns_language=True)
+    pair = tokenizer.encode(utterance("hi", language="zh"))
+    # Neither the task nor the mode: nobody leaves those to the model.
+    assert spelled(tokenizer, pair.labels) == ["<|zh|>", "-", "-", "h", "i", "<|endoftext|>"]
+    without = labels(english_model, multilingual=False, language=None, learns_language=True)
+    assert spelled(without, without.encode(utterance("hi")).labels) == ["-", "Ġ", "h", "i", "<|endoftext|>"]
+
+
 def test_an_english_only_model_has_no_language_and_task_tokens(english_model: Path) -> None:
     tokenizer = labels(english_model, multilingual=False, language=None)
     pair = tokenizer.encode(utterance("hi"))

@@ -8,7 +8,8 @@ sequences are written out:
     label           -100                  -100    -100           text …           <|endoftext|>
 
 The loss stays on what the decoder has to answer. Language, task and timestamp mode are given to it, in training as in
-transcription; on phrases of two or three tokens they would be half of the loss.
+transcription; on phrases of two or three tokens they would be half of the loss. Where recordings are in several
+languages, the model has to tell the language by itself when it transcribes: then it answers `<|en|>` too.
 
 English-only models (`.en`) have no language and task tokens. Ids differ between Whisper's versions, so every special
 token is looked up by its string.
@@ -45,7 +46,7 @@ class LabelTokenizer:
     """Turns text into token ids for one model.
 
     `tokenizer` is a `WhisperTokenizer`; `multilingual` is False for `.en` models; `language` and `task` are used where an
-    utterance does not say its own language.
+    utterance does not say its own language. With `learns_language` the language token is a label as well.
     """
 
     tokenizer: Any
@@ -53,6 +54,7 @@ class LabelTokenizer:
     language: str | None
     task: str = "transcribe"
     max_label_tokens: int = MAX_LABEL_TOKENS
+    learns_language: bool = False
 
     def special(self, token: str) -> int:
         """Id of a special token such as `<|zh|>`. Raises DataError when the model has no such token."""
@@ -115,7 +117,10 @@ class LabelTokenizer:
                 ).format(row=utterance.row, audio=utterance.audio, found=len(ids), most=self.max_label_tokens)
             )
         answer = [*body, self.special("<|endoftext|>")]
-        return TokenPair(ids, [IGNORED_LABEL] * (len(prompt) - 1) + answer)
+        given = [IGNORED_LABEL] * (len(prompt) - 1)
+        if self.learns_language and self.multilingual:
+            given[0] = prompt[1]
+        return TokenPair(ids, given + answer)
 
     def count(self, text: str, language: str | None = None) -> int:
         """Tokens that a label with this text takes, special tokens included."""
