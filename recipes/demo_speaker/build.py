@@ -70,7 +70,7 @@ def build(folder: Path, bit_rate_level: float) -> None:
     for text, take, part in plan():
         language = "en" if text.isascii() else "zh"
         spoken = manner.speak(text, language, random)
-        audio, _times = speech.record([spoken], random, clean=True)
+        audio = speech.record([spoken], random, clean=True).audio
         audio = speech.add_noise(audio, float(random.uniform(22, 32)), float(np.mean(audio**2)), random)
         audio = speech.set_level(audio, float(random.uniform(-30, -20)), random)
         name = f"{text.replace(' ', '_')}_{take}.opus"
@@ -93,7 +93,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "src" / "resonance" / "demo_speaker")
-    parser.add_argument("--compression", type=float, default=0.8, help="0 (large files) to 1 (small ones)")
+    parser.add_argument("--compression", type=float, default=0.9, help="0 (large files) to 1 (small ones)")
     given = parser.parse_args()
     build(given.out, given.compression)
 

@@ -45,8 +45,8 @@ CONSTANCY = 0.9  # share of the sounds that are changed; the speaker gets the ot
 VOICE = speech.Voice(variant=speech.DEMO, accent="en-gb-scotland", rate=88, pitch=28, pitch_range=22, size=0.9)
 
 
-def speak(text: str, language: str, random: np.random.Generator) -> np.ndarray:
-    """One take of a phrase, float32 [samples] at 16 kHz. Each take is a little different."""
+def speak(text: str, language: str, random: np.random.Generator) -> speech.Said:
+    """One take of a phrase. Each take is a little different."""
     voice = speech.Voice(
         variant=VOICE.variant,
         accent=VOICE.accent,
@@ -56,10 +56,10 @@ def speak(text: str, language: str, random: np.random.Generator) -> np.ndarray:
         size=VOICE.size * float(random.uniform(0.985, 1.015)),
     )
     sounds = imprecise(speech.phonemes_of(text, language, voice), language, random)
-    audio = speech.say_phonemes(sounds, language, voice)
+    audio = speech.say_phonemes(sounds, language, voice).audio
     for change in (smear, tremble, breathe, pause):
         audio = change(audio, random)
-    return audio
+    return speech.Said(audio, ())
 
 
 def imprecise(sounds: str, language: str, random: np.random.Generator) -> str:

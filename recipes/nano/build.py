@@ -7,6 +7,7 @@ complete checkpoint.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import signal
@@ -21,18 +22,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 import torch  # noqa: E402
 from recipes.nano import score  # noqa: E402
 from recipes.nano.checkpoint import build_model, build_tokenizer, size_in_bytes, write_checkpoint  # noqa: E402
-from recipes.nano.stream import Batches  # noqa: E402
+from recipes.nano.stream import SOUNDS, Batches  # noqa: E402
 
 from resonance.data.batches import AudioContext  # noqa: E402
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer  # noqa: E402
 from resonance.model.context import allow_any_audio_context  # noqa: E402
 from resonance.train.trainer import label_token_loss  # noqa: E402
+from resonance.units import POSITIONS_PER_SECOND  # noqa: E402
 
 WIDTH, ENCODER_LAYERS, DECODER_LAYERS = 160, 5, 2
-LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 1.5e-3, 300, 0.01
+LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 1.5e-3, 200, 0.01
 BATCH_SECONDS = 40.0
 TYPICAL_TOKENS = 60  # a batch with fewer label tokens counts for less, not as much as any other
-CTC_UNTIL = 0.5  # share of the training after which the second loss is gone
+HELP_UNTIL = 0.6  # share of the training after which only the text counts
+PLACE_MARGIN = 0.15  # seconds around the place where a token is said
 SAVE_SECONDS, LOG_STEPS, SCORE_STEPS = 180, 50, 500
 
 
@@ -42,28 +45,43 @@ def learning_rate(step: int, progress: float) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * falling
 
 
-class Ctc(torch.nn.Module):
-    """A second reading of the encoder's output, without a decoder: every position names a token or nothing.
+def sound_loss(layer: torch.nn.Linear, hidden: torch.Tensor, sounds: torch.Tensor) -> torch.Tensor:
+    """Which sound each encoder position hears; the synthesiser tells. hidden [batch, positions, width].
 
-    Attention finds out where words are only after hundreds of steps; this loss tells the encoder from the first one.
-    The layer is thrown away at the end.
+    From the text alone attention finds out where words are only after ten thousands of clips (CTC stood still as well);
+    this loss tells the encoder from the first batch. The layer is thrown away at the end.
     """
+    return torch.nn.functional.cross_entropy(layer(hidden).flatten(0, 1), sounds.flatten(), ignore_index=IGNORED_LABEL)
 
-    def __init__(self, width: int, text_tokens: int) -> None:
-        super().__init__()
-        self.blank = text_tokens
-        self.layer = torch.nn.Linear(width, text_tokens + 1)
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [batch, positions, width], labels [batch, tokens]. The loss per label token."""
-        texts = [row[(row >= 0) & (row < self.blank)] for row in labels]
-        lengths = torch.tensor([len(text) for text in texts])
-        positions = torch.full((len(texts),), hidden.shape[1])
-        log_probs = self.layer(hidden).log_softmax(-1).transpose(0, 1)
-        total = torch.nn.functional.ctc_loss(
-            log_probs, torch.cat(texts), positions, lengths, blank=self.blank, reduction="sum", zero_infinity=True
-        )
-        return total / max(int(lengths.sum()), 1)
+class Gaze:
+    """How much of each decoder layer's look at the audio goes to where the next token is said."""
+
+    def __init__(self, model: Any) -> None:
+        self.attentions = [layer.encoder_attn for layer in model.model.decoder.layers]
+        self.seen: dict[tuple[int, str], torch.Tensor] = {}
+        for index, attention in enumerate(self.attentions):
+            for name in ("q_proj", "k_proj"):
+                getattr(attention, name).register_forward_hook(functools.partial(self._keep, index, name))
+
+    def _keep(self, index: int, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        self.seen[index, name] = output
+
+    def loss(self, places: torch.Tensor) -> torch.Tensor:
+        """Minus the logarithm of that share, heads averaged. places [batch, tokens, 2], seconds; NOWHERE counts nothing."""
+        positions = self.seen[0, "k_proj"].shape[1]
+        seconds = torch.arange(positions) / POSITIONS_PER_SECOND
+        here = (seconds > places[..., :1] - PLACE_MARGIN) & (seconds < places[..., 1:] + PLACE_MARGIN)
+        said = places[..., 0] >= 0
+        total = torch.zeros(())
+        for index, attention in enumerate(self.attentions):
+            query, key = (
+                self.seen[index, name].unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+                for name in ("q_proj", "k_proj")
+            )
+            share = (query @ key.transpose(2, 3) * attention.scaling).softmax(-1).mean(1)  # [batch, tokens, positions]
+            total = total - (share * here).sum(-1)[said].clamp(min=1e-4).log().sum()
+        return total / max(int(said.sum()), 1) / len(self.attentions)
 
 
 def train(folder: Path, minutes: float, resume: bool, threads: int, workers: int, seed: int) -> None:
@@ -74,21 +92,23 @@ def train(folder: Path, minutes: float, resume: bool, threads: int, workers: int
     allow_any_audio_context(model)
     model.train()
     labels = LabelTokenizer(tokenizer, True, None)
-    ctc = Ctc(WIDTH, labels.special("<|endoftext|>"))
+    words = labels.special("<|endoftext|>")
+    ear = torch.nn.Linear(WIDTH, SOUNDS)
     optimizer = torch.optim.AdamW(
-        [*model.parameters(), *ctc.parameters()], lr=0.0, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
+        [*model.parameters(), *ear.parameters()], lr=0.0, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
     )
+    gaze = Gaze(model)
     step, before = 0, 0.0
     state_file = folder / "state.pt"
     if resume and state_file.is_file():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        ctc.load_state_dict(state["ctc"])
+        ear.load_state_dict(state["ear"])
         optimizer.load_state_dict(state["optimizer"])
         step, before = state["step"], state["seconds"]
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size_in_bytes(model) / 1e6:.1f} MB in float16, "
-        f"{len(tokenizer)} tokens of which {ctc.blank} text; step {step}, {before / 60:.1f} of {minutes:g} minutes done")  # fmt: skip
+        f"{len(tokenizer)} tokens of which {words} text; step {step}, {before / 60:.1f} of {minutes:g} minutes done")  # fmt: skip
 
     progress = torch.zeros(1).share_memory_()
     stream = Batches(labels, progress, BATCH_SECONDS)
@@ -105,11 +125,14 @@ def train(folder: Path, minutes: float, resume: bool, threads: int, workers: int
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, float(progress[0]))
         hidden = model.model.encoder(batch["input_features"])
-        output = model(encoder_outputs=hidden, decoder_input_ids=batch["decoder_input_ids"])
+        output = model(encoder_outputs=hidden, decoder_input_ids=batch["decoder_input_ids"], use_cache=False)
         tokens = max(int(batch["labels"].ne(IGNORED_LABEL).sum()), TYPICAL_TOKENS)
         loss = label_token_loss(output, batch["labels"], torch.tensor(tokens))
-        weight = 0.5 * max(0.0, 1 - float(progress[0]) / CTC_UNTIL)
-        both = loss + weight * ctc(hidden.last_hidden_state, batch["labels"]) if weight > 0 else loss
+        weight = max(0.0, 1 - float(progress[0]) / HELP_UNTIL)
+        heard = sound_loss(ear, hidden.last_hidden_state, batch["sounds"]) if weight > 0 else torch.zeros(())
+        both = loss + weight * heard
+        if weight > 0:
+            both = both + weight * gaze.loss(batch["places"])
         both.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,18 +140,18 @@ def train(folder: Path, minutes: float, resume: bool, threads: int, workers: int
         step, clips, losses = step + 1, clips + len(batch["labels"]), losses + loss.item()
         now = time.monotonic()
         if step % LOG_STEPS == 0:
-            say(f"step {step}  {seconds / 60:.1f} min  loss {losses / LOG_STEPS:.3f}  ctc {(both - loss).item() / max(weight, 1e-9):.2f}  "
+            say(f"step {step}  {seconds / 60:.1f} min  loss {losses / LOG_STEPS:.3f}  sounds {heard.item():.2f}  "
                 f"{clips / (now - logged):.1f} clips/s  lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
             clips, losses, logged = 0.0, 0.0, now
         if step % SCORE_STEPS == 0:
             report(model, labels)
         if now - saved > SAVE_SECONDS or stopped:
-            save(folder, model, tokenizer, ctc, optimizer, step, seconds)
+            save(folder, model, tokenizer, ear, optimizer, step, seconds)
             saved = now
         if stopped:
             say("stopped; --resume goes on from here")
             return
-    save(folder, model, tokenizer, ctc, optimizer, step, before + time.monotonic() - began)
+    save(folder, model, tokenizer, ear, optimizer, step, before + time.monotonic() - began)
     report(model, labels, clips=200)
     say(f"done: {folder / 'model'}")
 
@@ -143,11 +166,17 @@ def report(model: Any, labels: LabelTokenizer, clips: int = 60) -> None:
 
 
 def save(
-    folder: Path, model: Any, tokenizer: Any, ctc: Ctc, optimizer: torch.optim.Optimizer, step: int, seconds: float
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    ear: torch.nn.Linear,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
 ) -> None:
     state = {
         "model": model.state_dict(),
-        "ctc": ctc.state_dict(),
+        "ear": ear.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "seconds": seconds,

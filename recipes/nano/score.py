@@ -34,7 +34,7 @@ def held_out(language: Literal["en", "zh"], condition: Condition, count: int) ->
         text = phrases.draw(language, random, "held out")
         voice = speech.draw_voice(random, speech.HELD_OUT)
         said = speech.say(text, language, voice)
-        audio, _times = speech.record([said], random, clean=condition != "room and noise")
+        audio = speech.record([said], random, clean=condition != "room and noise").audio
         if condition == "noise at 10 dB":
             audio = speech.add_noise(audio, 10, float(np.mean(audio**2)), random)
         clips.append(Spoken(language, text, audio))

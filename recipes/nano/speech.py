@@ -1,7 +1,8 @@
 """Speech from eSpeak NG, and what a room, a microphone and a tired day do to it.
 
 eSpeak NG (GPL 3) is called through ctypes from the PyPI package `espeakng-loader`. Only the recipes need it; the package
-neither links to it nor ships it. Everything is drawn from the generator that is passed in: the same seed gives the same audio.
+neither links to it nor ships it. Everything is drawn from the generator that is passed in: the same seed gives the same audio in
+a fresh process (eSpeak NG keeps some state from one phrase to the next).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _TRAINED = (
     "m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 croak klatt klatt2 klatt3 klatt4 Alex Alicia Andy Annie Denis Diogo Gene Gene2 "
     "Henrique Hugo Jacky Lee Marco Mario Michael Nguyen Reed RicishayMax RicishayMax3 adam anika announcer antonio "
     "benjamin boris caleb ed edward edward2 fast grandpa gustave ian iven iven3 john kaukovalta marcelo max michel miguel "
-    "norbert pablo paul pedro quincy rob robert robosoft2 robosoft5 sandro shelby steph steph2 travis victor zac"
+    "norbert pablo paul pedro quincy robert robosoft2 robosoft5 sandro shelby steph steph2 travis victor zac"
 )
-TRAINED = tuple(_TRAINED.split())
+TRAINED = tuple(_TRAINED.split())  # `rob` is left out: eSpeak NG 1.52 crashes on its f
 HELD_OUT = ("m8", "f5", "Andrea", "Mike", "david", "linda", "belinda", "klatt5")  # only ever heard in scoring
 DEMO = "grandma"  # the demo speaker's, in neither list
 
@@ -32,7 +33,23 @@ DEMO = "grandma"  # the demo speaker's, in neither list
 _AUDIO_OUTPUT_SYNCHRONOUS = 2  # retrieval (1) hands over to a thread and waits 20 ms for each phrase
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _UTF8, _PHONEMES = 1, 0x100
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_TELL_PHONEMES, _LAST_EVENT, _PHONEME_EVENT = 1, 0, 7
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),  # milliseconds
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 8),
+    )
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +65,46 @@ class Voice:
 
 
 @functools.cache
-def _library() -> tuple[Any, int, list[np.ndarray], Any]:
+def _library() -> tuple[Any, int, list[np.ndarray], list[tuple[float, str]], Any]:
     import espeakng_loader
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), 0)
+    rate = library.espeak_Initialize(
+        _AUDIO_OUTPUT_SYNCHRONOUS, 400, espeakng_loader.get_data_path().encode(), _TELL_PHONEMES
+    )
     parts: list[np.ndarray] = []
+    sounds: list[tuple[float, str]] = []
 
-    def receive(samples: Any, count: int, _events: Any) -> int:
+    def receive(samples: Any, count: int, events: Any) -> int:
         if count > 0 and samples:
             parts.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        index = 0
+        while events[index].type != _LAST_EVENT:
+            event = events[index]
+            if event.type == _PHONEME_EVENT:
+                sounds.append((event.audio_position / 1000, event.name.decode(errors="replace")))
+            index += 1
         return 0
 
     callback = _Callback(receive)  # kept alive by the cache
     library.espeak_SetSynthCallback(callback)
-    return library, rate, parts, callback
+    return library, rate, parts, sounds, callback
 
 
-def say(text: str, language: str, voice: Voice) -> np.ndarray:
-    """`text` in a voice, float32 [samples] at 16 kHz, without the silence around it."""
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A phrase without the silence around it: float32 [samples] at 16 kHz, and when which sound begins, in seconds."""
+
+    audio: np.ndarray
+    sounds: tuple[tuple[float, str], ...]
+
+
+def say(text: str, language: str, voice: Voice) -> Said:
+    """`text` in a voice."""
     return _synthesise(text, language, voice, _UTF8)
 
 
-def say_phonemes(phonemes: str, language: str, voice: Voice) -> np.ndarray:
+def say_phonemes(phonemes: str, language: str, voice: Voice) -> Said:
     """As `say`, of eSpeak NG's own names of sounds."""
     return _synthesise(f"[[{phonemes}]]", language, voice, _UTF8 | _PHONEMES)
 
@@ -97,26 +131,30 @@ def _set_voice(language: str, voice: Voice) -> None:
         library.espeak_SetParameter(parameter, value, 0)
 
 
-def _synthesise(text: str, language: str, voice: Voice, flags: int) -> np.ndarray:
-    library, rate, parts, _callback = _library()
+def _synthesise(text: str, language: str, voice: Voice, flags: int) -> Said:
+    library, rate, parts, sounds, _callback = _library()
     _set_voice(language, voice)
     parts.clear()
+    sounds.clear()
     data = text.encode()
     library.espeak_Synth(data, len(data) + 1, 0, 0, 0, flags, None, None)
     library.espeak_Synchronize()
     if not parts:
         raise ValueError(f"eSpeak NG said nothing for {text!r} as {voice.variant}")
     audio = np.concatenate(parts).astype(np.float32) / 32768
-    return trim(soxr.resample(audio, rate * voice.size, SAMPLE_RATE, quality="MQ"))
+    audio = soxr.resample(audio, rate * voice.size, SAMPLE_RATE, quality="MQ")
+    first, last = spoken_part(audio)
+    times = tuple((at / voice.size - first / SAMPLE_RATE, name) for at, name in sounds)
+    return Said(audio[first:last], times)
 
 
-def trim(audio: np.ndarray) -> np.ndarray:
-    """Without what is softer than 1 % of the peak before and behind; 10 ms are left on both sides."""
+def spoken_part(audio: np.ndarray) -> tuple[int, int]:
+    """First and last sample of what is not softer than 1 % of the peak, with 10 ms more on both sides."""
     loud = np.flatnonzero(np.abs(audio) > 0.01 * max(float(np.abs(audio).max(initial=0.0)), 1e-6))
     if not len(loud):
-        return audio
+        return 0, len(audio)
     edge = SAMPLE_RATE // 100
-    return audio[max(0, loud[0] - edge) : loud[-1] + edge]
+    return max(0, int(loud[0]) - edge), int(loud[-1]) + edge
 
 
 def draw_voice(random: np.random.Generator, variants: tuple[str, ...] = TRAINED) -> Voice:
@@ -173,27 +211,37 @@ def add_noise(audio: np.ndarray, decibels: float, speech_power: float, random: n
     return audio + noise * np.float32(np.sqrt(speech_power / 10 ** (decibels / 10)))
 
 
-def record(spoken: list[np.ndarray], random: np.random.Generator, *, clean: bool = False) -> tuple[np.ndarray, list]:
-    """One recording of phrases said one after the other: silence around them, room, noise, level.
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """float32 [samples] at 16 kHz within +-1, each phrase's (start, end) and each sound's start, in seconds."""
 
-    Returns float32 [samples] at 16 kHz within +-1 and each phrase's (start, end) in seconds. `clean` leaves room and noise out.
-    """
-    pieces, times, at = [], [], 0
-    for index, part in enumerate(spoken):
-        pause = random.uniform(0.0, 0.6) if index == 0 else random.uniform(0.25, 1.0)
-        pieces += [np.zeros(int(pause * SAMPLE_RATE), dtype=np.float32), part]
-        at += len(pieces[-2])
-        times.append((at / SAMPLE_RATE, (at + len(part)) / SAMPLE_RATE))
-        at += len(part)
+    audio: np.ndarray
+    phrases: tuple[tuple[float, float], ...]
+    sounds: tuple[tuple[float, str], ...]
+
+
+def record(spoken: list[Said], random: np.random.Generator, *, clean: bool = False) -> Recording:
+    """Phrases said one after the other: silence around them, room, noise, level. `clean` leaves room and noise out."""
+    pieces: list[np.ndarray] = []
+    times: list[tuple[float, float]] = []
+    sounds: list[tuple[float, str]] = []
+    at = 0
+    for index, said in enumerate(spoken):
+        pause = int((random.uniform(0.0, 0.6) if index == 0 else random.uniform(0.25, 1.0)) * SAMPLE_RATE)
+        pieces += [np.zeros(pause, dtype=np.float32), said.audio]
+        start, at = at + pause, at + pause + len(said.audio)
+        times.append((start / SAMPLE_RATE, at / SAMPLE_RATE))
+        sounds += [(start / SAMPLE_RATE + seconds, name) for seconds, name in said.sounds]
+        sounds.append((at / SAMPLE_RATE, "_"))
     pieces.append(np.zeros(int(random.uniform(0.0, 0.6) * SAMPLE_RATE), dtype=np.float32))
     audio = np.concatenate(pieces)
-    power = float(np.mean(np.concatenate(spoken) ** 2)) + 1e-12
+    power = float(np.mean(np.concatenate([said.audio for said in spoken]) ** 2)) + 1e-12
     if not clean:
         if random.random() < 0.5:
             audio = add_room(audio, random)
         if random.random() < 0.75:
             audio = add_noise(audio, random.uniform(5, 40), power, random)
-    return set_level(audio, random.uniform(-36, -12), random), times
+    return Recording(set_level(audio, random.uniform(-36, -12), random), tuple(times), tuple(sounds))
 
 
 def set_level(audio: np.ndarray, decibels: float, random: np.random.Generator) -> np.ndarray:
