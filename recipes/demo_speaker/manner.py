@@ -15,34 +15,11 @@ from resonance.units import SAMPLE_RATE
 
 # Places of articulation move forward and friction is lost, always in the same way: what a listener can get used to.
 # Names of sounds are eSpeak NG's; longer ones stand first.
-ENGLISH = {
-    "tS": "ts",
-    "dZ": "d",
-    "k": "t",
-    "g": "d",
-    "S": "s",
-    "s": "T",
-    "z": "D",
-    "T": "f",
-    "r": "w",
-    "l": "w",
-    "v": "b",
-}
-MANDARIN = {
-    "ts.h": "tsh",
-    "ts.": "ts",
-    "tS;h": "th",
-    "tS;": "t",
-    "s.": "s",
-    "S;": "s",
-    "kh": "th",
-    "k": "t",
-    "X": "f",
-    "l": "n",
-}
-CONSTANCY = 0.9  # share of the sounds that are changed; the speaker gets the others right
+ENGLISH = {"tS": "ts", "k": "t", "g": "d", "S": "s", "s": "T"}
+MANDARIN = {"ts.h": "tsh", "ts.": "ts", "s.": "s", "kh": "th", "k": "t"}
+CONSTANCY = 0.95  # share of the sounds that are changed; the speaker gets the others right
 
-VOICE = speech.Voice(variant=speech.DEMO, accent="en-gb-scotland", rate=88, pitch=28, pitch_range=22, size=0.9)
+VOICE = speech.Voice(variant=speech.DEMO, accent="en-gb-scotland", rate=100, pitch=30, pitch_range=25, size=0.92)
 
 
 def speak(text: str, language: str, random: np.random.Generator) -> speech.Said:
@@ -69,15 +46,15 @@ def imprecise(sounds: str, language: str, random: np.random.Generator) -> str:
 
 
 def smear(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Sounds run into each other over 40 ms, and the hiss of consonants above 2.5 kHz is 12-16 dB weaker."""
+    """Sounds run into each other over 24 ms, and the hiss of consonants above 2.5 kHz is 6-10 dB weaker."""
     window, hop = 512, 128
     frames, edges = _frames(audio, window, hop)
     spectrum = np.fft.rfft(frames)
     size = np.abs(spectrum)
-    kernel = np.hanning(7)[1:-1]
+    kernel = np.hanning(5)[1:-1]
     smooth = np.apply_along_axis(np.convolve, 0, size, kernel / kernel.sum(), mode="same")
     frequency = np.fft.rfftfreq(window, 1 / SAMPLE_RATE)
-    weaker = 10 ** (-random.uniform(12, 16) / 20 / (1 + np.exp(-(frequency - 2500) / 300)))
+    weaker = 10 ** (-random.uniform(6, 10) / 20 / (1 + np.exp(-(frequency - 2500) / 300)))
     return _joined(np.fft.irfft(spectrum * (smooth / np.maximum(size, 1e-7)) * weaker), edges, hop)
 
 
@@ -86,34 +63,34 @@ def tremble(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
     seconds = np.arange(len(audio)) / SAMPLE_RATE
     rate = random.uniform(4.2, 6.5)
     phase = 2 * np.pi * rate * seconds + random.uniform(0, 2 * np.pi)
-    # A sine of this size in time makes the pitch swing by 4 %.
-    warped = np.interp(seconds + 0.04 / (2 * np.pi * rate) * np.sin(phase), seconds, audio)
+    # A sine of this size in time makes the pitch swing by 2.5 %.
+    warped = np.interp(seconds + 0.025 / (2 * np.pi * rate) * np.sin(phase), seconds, audio)
     knots = np.linspace(0, max(seconds[-1], 0.1), 5)
-    drift = np.interp(seconds, knots, random.uniform(-5, 5, 5) - np.linspace(0, 5, 5))
-    return (warped * (1 - 0.22 * (1 + np.sin(1.03 * phase))) * 10 ** (drift / 20)).astype(np.float32)
+    drift = np.interp(seconds, knots, random.uniform(-3, 3, 5) - np.linspace(0, 4, 5))
+    return (warped * (1 - 0.15 * (1 + np.sin(1.03 * phase))) * 10 ** (drift / 20)).astype(np.float32)
 
 
 def breathe(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Breath that leaks while speaking, 14-18 dB below the voice, and is drawn in before it."""
+    """Breath that leaks while speaking, 19-23 dB below the voice, and is drawn in before it."""
     noise = speech.coloured_noise(len(audio), random)
     envelope = np.sqrt(np.convolve(audio**2, np.ones(1600) / 1600, mode="same"))
-    leaking = audio + noise * envelope * 10 ** (-random.uniform(14, 18) / 20)
+    leaking = audio + noise * envelope * 10 ** (-random.uniform(19, 23) / 20)
     drawn = int(random.uniform(0.15, 0.4) * SAMPLE_RATE)
     breath = speech.coloured_noise(drawn, random) * np.sin(np.linspace(0, np.pi, drawn)) ** 2
     return np.concatenate([breath * float(envelope.max()) * 10 ** (-26 / 20), leaking]).astype(np.float32)
 
 
 def pause(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """One break for each second or so, 80-300 ms, at soft places: inside words as well as between them."""
+    """One break in two seconds or so, 60-200 ms, at soft places: inside words as well as between them."""
     hop = 160
     loudness = np.array([float(np.mean(audio[i : i + 400] ** 2)) for i in range(0, len(audio) - 400, hop)])
     inside = np.arange(30, len(loudness) - 15)
-    for _ in range(int(random.poisson(len(audio) / SAMPLE_RATE / 1.2))):
+    for _ in range(int(random.poisson(len(audio) / SAMPLE_RATE / 2.2))):
         if len(inside) < 5:
             break
         offered = random.choice(inside, 5)
         at = int(offered[np.argmin(loudness[offered])]) * hop
-        silence = 0.002 * random.standard_normal(int(random.uniform(0.08, 0.3) * SAMPLE_RATE))
+        silence = 0.002 * random.standard_normal(int(random.uniform(0.06, 0.2) * SAMPLE_RATE))
         fade = np.ones(len(audio))
         fade[max(0, at - 240) : at] = np.linspace(1, 0.1, at - max(0, at - 240))
         fade[at : at + 480] = np.linspace(0.1, 1, len(fade[at : at + 480]))  # a weak onset

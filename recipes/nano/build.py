@@ -48,8 +48,8 @@ def learning_rate(step: int, progress: float) -> float:
 def sound_loss(layer: torch.nn.Linear, hidden: torch.Tensor, sounds: torch.Tensor) -> torch.Tensor:
     """Which sound each encoder position hears; the synthesiser tells. hidden [batch, positions, width].
 
-    From the text alone attention finds out where words are only after ten thousands of clips (CTC stood still as well);
-    this loss tells the encoder from the first batch. The layer is thrown away at the end.
+    From the text alone attention finds out where words are only late: after 18,000 clips nothing had
+    happened, with CTC as the second loss neither. This one tells the encoder from the first batch. The layer is thrown away at the end.
     """
     return torch.nn.functional.cross_entropy(layer(hidden).flatten(0, 1), sounds.flatten(), ignore_index=IGNORED_LABEL)
 

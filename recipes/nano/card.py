@@ -19,7 +19,7 @@ from resonance.data.tokens import LabelTokenizer  # noqa: E402
 from resonance.model.load import load_whisper  # noqa: E402
 from resonance.transcribe.torch_engine import detect_languages  # noqa: E402
 
-CLIPS = 200
+CLIPS = 100
 AUTO, FULL = AudioContext("auto", 0.6), AudioContext("full", 0.0)
 CONDITIONS: tuple[score.Condition, ...] = ("clean", "room and noise", "noise at 10 dB")
 NAMES = {"en": "English", "zh": "Mandarin"}
@@ -33,11 +33,11 @@ pipeline_tag: automatic-speech-recognition
 # resonance/nano
 
 A Whisper checkpoint of {parameters:.1f} million parameters ({megabytes:.1f} MB, float16), trained from nothing on synthetic speech for
-[Resonance](https://github.com/search?q=resonance+whisper&type=repositories). It exists so that training, evaluation and transcription can be tried,
+Resonance. It exists so that training, evaluation and transcription can be tried,
 shown and tested without a network.
 
 **Not for real use.** It has never heard a person. It knows daily phrases made of {words} English words and {characters} Chinese
-characters, said by a speech synthesiser, and fits every sound into them. For your own recordings start from
+characters, said by a speech synthesiser, and writes whatever it hears as such words. For your own recordings start from
 `openai/whisper-small`.
 
 ## What it is

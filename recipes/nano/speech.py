@@ -183,7 +183,7 @@ def add_room(audio: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _response(length: int, random: np.random.Generator) -> np.ndarray:
-    """A tilt of -6 to 6 dB an octave's worth over the band, and for some a narrow band such as a telephone's."""
+    """A tilt of up to 9 dB over the band, and for some a narrow band such as a telephone's."""
     frequency = np.fft.rfftfreq(length, 1 / SAMPLE_RATE).astype(np.float32)
     gain = 10 ** (random.uniform(-9, 9) / 20 * (frequency / 8000 - 0.5))
     if random.random() < 0.25:
@@ -237,10 +237,10 @@ def record(spoken: list[Said], random: np.random.Generator, *, clean: bool = Fal
     audio = np.concatenate(pieces)
     power = float(np.mean(np.concatenate([said.audio for said in spoken]) ** 2)) + 1e-12
     if not clean:
-        if random.random() < 0.5:
+        if random.random() < 0.35:
             audio = add_room(audio, random)
-        if random.random() < 0.75:
-            audio = add_noise(audio, random.uniform(5, 40), power, random)
+        if random.random() < 0.6:
+            audio = add_noise(audio, 40 - 35 * random.random() ** 2, power, random)
     return Recording(set_level(audio, random.uniform(-36, -12), random), tuple(times), tuple(sounds))
 
 

@@ -20,8 +20,8 @@ from resonance.units import FRAMES_PER_POSITION, POSITIONS_PER_SECOND, SAMPLE_RA
 SOUNDS = 1022  # eSpeak NG's names of sounds, about 130 here, are numbered by a hash
 NOWHERE = -1.0  # the place of a label that is not said: an end, a time
 POOL = 120  # clips that are sorted by length before they are cut into batches
-NOTHING_SAID, TWO_PHRASES, TIMED, LONG_CONTEXT = 0.03, 0.1, 0.2, 0.05  # shares of clips, and of batches
-LONG_BATCH_SECONDS = 120.0  # the sum of the contexts in a batch of clips in long contexts
+NOTHING_SAID, TWO_PHRASES, TIMED, LONG_CONTEXT = 0.03, 0.07, 0.12, 0.05  # shares of clips, and of batches
+LONG_BATCH_SECONDS = 90.0  # the sum of the contexts in a batch of clips in long contexts
 
 
 class Lesson(NamedTuple):
@@ -83,7 +83,7 @@ class Batches:
         while clips:
             margin = 0.2 + 1.3 * float(random.random()) ** 2  # seconds; 0.6 on average, which is the product's
             context, budget = AudioContext("auto", margin), self.batch_seconds
-            if progress > 0.4 and random.random() < LONG_CONTEXT:
+            if progress > 0.55 and random.random() < LONG_CONTEXT:
                 full = random.random() < 0.5
                 seconds = WINDOW_SECONDS if full else float(random.uniform(8, 25))
                 context, budget = AudioContext("full" if full else seconds, 0.0), LONG_BATCH_SECONDS
@@ -107,13 +107,13 @@ class Batches:
             tokens = self.tokenizer.encode(Utterance("", "", 0, language=language))
             return Lesson(Clip(audio, tokens, None, 0), sound_of_positions((), len(audio)), self.places(tokens, (), ()))
         voice = speech.draw_voice(random)
-        count = 2 if progress > 0.3 and random.random() < TWO_PHRASES else 1
+        count = 2 if progress > 0.45 and random.random() < TWO_PHRASES else 1
         texts = [phrases.draw(language, random, most=3 if progress < 0.18 else None) for _ in range(count)]
-        clean = random.random() < (0.6 if progress < 0.18 else 0.15)
+        clean = random.random() < (0.6 if progress < 0.18 else 0.3)
         recording = speech.record([speech.say(text, language, voice) for text in texts], random, clean=clean)
         segments = tuple(Segment(*time, text) for time, text in zip(recording.phrases, texts, strict=True))
         whole = (" " if language == "en" else "").join(texts)
-        timed = progress > 0.3 and random.random() < TIMED
+        timed = progress > 0.45 and random.random() < TIMED
         tokens = self.tokenizer.encode(Utterance("", whole, 0, language=language, segments=segments), timestamps=timed)
         return Lesson(
             Clip(recording.audio, with_language(tokens), None, 0),
