@@ -66,8 +66,8 @@ Silence and noise: no text in {silent} of {silences} clips. Language found witho
 
 ## Limits
 
-Synthetic voices only; words outside the grammar come out as words inside it; 3 % of the clips it learnt from have two
-phrases with a pause longer than half a second, none is longer than about 12 s. Scores on synthetic speech say nothing about people.
+Synthetic voices only; words outside the grammar come out as words inside it; it learnt
+from one phrase at a time, rarely two, and from nothing longer than about 12 s. An hour on two busy cores is little for so many words. Scores on synthetic speech say nothing about people.
 
 ## Licence
 
@@ -95,7 +95,7 @@ def measure(folder: Path) -> dict[str, Any]:
         for clip in score.held_out(language, "room and noise", CLIPS)[:100]:
             with torch.inference_mode():
                 hidden = whisper.model.model.encoder(batch_features([clip.audio], AUTO, 80)).last_hidden_state
-            right += detect_languages(whisper, hidden) == [language]
+                right += detect_languages(whisper, hidden) == [language]
             looked_at += 1
     random = np.random.default_rng(11)
     nothing = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from recipes.nano.phrases import vocabulary
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -18,6 +19,8 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from resonance import __version__
+from resonance.model.adapters import INFO_FILE, Info, now
 from resonance.units import MAX_LABEL_TOKENS, TIMESTAMP_STEP_SECONDS, WINDOW_POSITIONS
 
 LANGUAGES = ("en", "zh")
@@ -44,7 +47,8 @@ def build_tokenizer() -> WhisperTokenizer:
     tokenizer = WhisperTokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]])
     specials = [START, *(f"<|{code}|>" for code in LANGUAGES), *(f"<|{task}|>" for task in TASKS)]
     specials += ["<|startoflm|>", PREVIOUS, "<|nospeech|>", NO_TIMES]
-    tokenizer.add_tokens(specials, special_tokens=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": specials})
+    tokenizer.pad_token = END
     # Times are not special in OpenAI's tokenizers either.
     times = [f"<|{i * TIMESTAMP_STEP_SECONDS:.2f}|>" for i in range(WINDOW_POSITIONS + 1)]
     tokenizer.add_tokens([AddedToken(time, normalized=False, special=False) for time in times])
@@ -123,6 +127,23 @@ def write_checkpoint(folder: Path, model: Any, tokenizer: WhisperTokenizer) -> N
     ordinary = set(tokenizer.all_special_tokens) - {END}
     special["additional_special_tokens"] = sorted(ordinary, key=tokenizer.convert_tokens_to_ids)
     _write_json(folder / "special_tokens_map.json", special)
+    # Without it, the model would be taken for one that knows 30 s only.
+    info = Info(
+        kind="full",
+        base_model=None,
+        base_fingerprint=None,
+        language=None,
+        task="transcribe",
+        audio_context="auto",
+        audio_margin=0.6,
+        normalizer="none",
+        scores={},
+        data={},
+        settings={},
+        versions={"resonance-asr": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        created=now(),
+    )
+    _write_json(folder / INFO_FILE, info.model_dump(mode="json"))
 
 
 def _write_json(path: Path, content: Any) -> None:
