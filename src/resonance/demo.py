@@ -28,7 +28,7 @@ def demo(output_dir: Path, run_command: Callable[[list[str]], int], console: Con
     sample = json.loads((recordings / "test.json").read_text(encoding="utf-8"))[0]
     console.print(introduction(recordings), soft_wrap=True)
     steps = [
-        (_("Check the recordings"), ["data", "check", str(recordings / "labels.json"), "--model", MODEL]),
+        (_("Check the recordings"), ["data", "check", str(recordings / "labels.json"), "--model_name_or_path", MODEL]),
         (_("Train on 60 of them"), train_command(recordings, run)),
         (
             _("Measure on the others, before and after"),
