@@ -19,8 +19,8 @@ if not (FOLDERS["resonance/nano"] / "model.safetensors").is_file():
 
 FLAGS = [
     "--target_modules=all-linear",
-    "--max_steps=60",
-    "--save_steps=30",
+    "--max_steps=40",
+    "--save_steps=20",
     "--validation_split=0",
     "--dataloader_num_workers=0",
     "--logging_steps=20",
