@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from resonance.data.manifest import Segment, Utterance
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer, TokenPair
 from resonance.units import FRAMES_PER_POSITION, POSITIONS_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION, WINDOW_SECONDS
 
-SOUNDS = 1022  # eSpeak NG's names of sounds, about 130 here, are numbered by a hash
+SOUNDS = 254  # eSpeak NG's names of sounds, about 130 here, are numbered by a hash; a fifth of them share a number
 NOWHERE = -1.0  # the place of a label that is not said: an end, a time
 POOL = 120  # clips that are sorted by length before they are cut into batches
 NOTHING_SAID, TWO_PHRASES, TIMED, LONG_CONTEXT = 0.03, 0.07, 0.12, 0.05  # shares of clips, and of batches
@@ -33,7 +34,7 @@ class Lesson(NamedTuple):
 
 
 class Batches:
-    """Batches of about `batch_seconds` of context in all.
+    """Batches of about `batch_seconds` of context in all. `tokenizer` decides whether the language is learnt.
 
     `progress` is a shared tensor [1] that the training sets from 0 to 1: the first clips are short, single phrases;
     long contexts come when short ones are understood.
@@ -104,7 +105,10 @@ class Batches:
         language = "en" if random.random() < 0.5 else "zh"
         if random.random() < NOTHING_SAID:
             audio = speech.nothing_said(float(random.uniform(0.4, 5)), random)
-            tokens = self.tokenizer.encode(Utterance("", "", 0, language=language))
+            # Nobody spoke a language here, so none is learnt.
+            tokens = dataclasses.replace(self.tokenizer, learns_language=False).encode(
+                Utterance("", "", 0, language=language)
+            )
             return Lesson(Clip(audio, tokens, None, 0), sound_of_positions((), len(audio)), self.places(tokens, (), ()))
         voice = speech.draw_voice(random)
         count = 2 if progress > 0.45 and random.random() < TWO_PHRASES else 1
@@ -116,7 +120,7 @@ class Batches:
         timed = progress > 0.45 and random.random() < TIMED
         tokens = self.tokenizer.encode(Utterance("", whole, 0, language=language, segments=segments), timestamps=timed)
         return Lesson(
-            Clip(recording.audio, with_language(tokens), None, 0),
+            Clip(recording.audio, tokens, None, 0),
             sound_of_positions(recording.sounds, len(recording.audio)),
             self.places(tokens, [self.tokenizer.text_ids(text, language) for text in texts], recording.phrases),
         )
@@ -161,12 +165,6 @@ def _fill(batches: Batches, ready: Any, seed: tuple[int, int]) -> None:
     torch.set_num_threads(1)
     for batch in batches.endless(seed):
         ready.put({name: tensor.numpy() for name, tensor in batch.items()})
-
-
-def with_language(tokens: TokenPair) -> TokenPair:
-    """The product gives the language to the decoder; this model has to learn to name it first, for when none is given."""
-    assert tokens.labels[0] == IGNORED_LABEL
-    return TokenPair(tokens.decoder_input_ids, [tokens.decoder_input_ids[1], *tokens.labels[1:]])
 
 
 def _seconds(clip: Clip, context: AudioContext) -> float:
