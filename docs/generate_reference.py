@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from resonance import cli, cli_data, passthrough
-from resonance.config import CurveConfig, EvaluateConfig, Switch, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, TrainConfig
 from resonance.config_help import description, expected
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
+from resonance.config_types import Switch
 
 PAGE = Path(__file__).with_name("reference.md")
 

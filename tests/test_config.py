@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from resonance import passthrough
-from resonance.config import EvaluateConfig, TrainConfig, TranscribeConfig, batch_warning, effective_batch
+from resonance.config import TrainConfig, batch_warning, effective_batch
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.languages import LANGUAGES, OTHER_NAMES, language_code
 
 MODELS = (TrainConfig, EvaluateConfig, TranscribeConfig)

@@ -9,9 +9,10 @@ import yaml
 from pydantic import BaseModel
 
 from resonance import config_help
-from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, TrainConfig
 from resonance.config_help import help_page
 from resonance.config_io import dump_yaml, from_mapping, load_yaml, parse
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.errors import ConfigError, RunFolderError
 
 NEEDED = ["--train_file", "train.json", "--output_dir", "out"]

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from resonance.cli import run
-from resonance.evaluate.curve import Point, advice, html_page
+from resonance.evaluate import evaluation
+from resonance.evaluate.curve import Point, advice, format_table, html_page
 from resonance.evaluate.metrics import measure
 from resonance.evaluate.normalize import normalizer_for
 from resonance.evaluate.results import EvaluationReport, Row, group_rows
@@ -62,6 +64,18 @@ def test_a_larger_training_holds_the_smaller_one_and_none_the_recordings_it_is_m
     assert "0 (before)" in shown and str(out / "curve.html") in shown.replace("\n", "")
 
 
+def test_the_base_transcribes_the_held_out_recordings_once(
+    curve: Callable[..., int], recordings: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = evaluation.base_texts, []
+    monkeypatch.setattr(evaluation, "base_texts", lambda *given: calls.append(given) or real(*given))
+    assert curve(recordings(8), tmp_path / "curve", "--sizes=2,4", "--language=en") == 0
+    points = json.loads((tmp_path / "curve" / "curve.json").read_text(encoding="utf-8"))["points"]
+    assert len(calls) == 1 and len(points) == 2
+    reports = [json.loads((tmp_path / "curve" / size / "report.json").read_text(encoding="utf-8")) for size in "24"]
+    assert reports[0]["groups"]["all"]["base"] == reports[1]["groups"]["all"]["base"]
+
+
 def test_a_curve_that_was_stopped_goes_on_without_training_a_size_twice(
     curve: Callable[..., int], recordings: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -107,6 +121,12 @@ def point(recordings: int, right: int, total: int = 40) -> Point:
 )
 def test_the_advice_follows_the_last_two_points(before: int, after: int, expected: str) -> None:
     assert expected in advice([point(10, 2), point(30, before), point(60, after)])
+
+
+def test_the_table_is_whole_on_eighty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=80).print(format_table([point(10, 10, 140), point(30, 140, 140)]))
+    shown = capsys.readouterr().out
+    assert shown.count("100.0%  70/70") == 2 and shown.count("(94.8–100.0%)") == 2
 
 
 def test_the_page_shows_each_point_with_its_interval() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from resonance import cli, cli_data
-from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import load_yaml, parse
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]

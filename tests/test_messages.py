@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from resonance import messages
-from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, TrainConfig
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 
 SOURCE = Path(messages.__file__).parent
 

@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 
-from resonance.cli import run
-from resonance.demo import SPEAKER
-from resonance.model.builtin import FOLDERS
+from resonance.cli import plain_console, run
+from resonance.demo import SPEAKER, demo
 from resonance.model.runs import COMPLETE_FILE, RunFolder
-
-if not (FOLDERS["resonance/nano"] / "model.safetensors").is_file():
-    pytest.skip("resonance/nano is not in this checkout", allow_module_level=True)
 
 FLAGS = [
     "--target_modules=all-linear",
@@ -107,10 +103,8 @@ def test_a_run_that_was_killed_half_way_ends_understanding_the_same(
 
 
 def test_the_demo_runs_the_commands_that_it_shows_and_goes_on_where_it_was_stopped(
-    learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from resonance import demo
-
     out = tmp_path / "示例 demo"
     shutil.copytree(learned, out / "run")  # as if an earlier demo had trained
     ran: list[list[str]] = []
@@ -119,9 +113,7 @@ def test_the_demo_runs_the_commands_that_it_shows_and_goes_on_where_it_was_stopp
         ran.append(command)
         return run(command) if command[0] != "train" else 0
 
-    from resonance.cli import plain_console
-
-    assert demo.demo(out, remember, plain_console()) == 0
+    assert demo(out, remember, plain_console()) == 0
     shown = capsys.readouterr().out
     assert [command[0] for command in ran] == ["data", "train", "evaluate", "transcribe"]
     assert "--resume" in ran[1]
@@ -131,11 +123,8 @@ def test_the_demo_runs_the_commands_that_it_shows_and_goes_on_where_it_was_stopp
 
 
 def test_the_demo_stops_at_the_first_step_that_fails_with_its_exit_code(tmp_path: Path) -> None:
-    from resonance import demo
-    from resonance.cli import plain_console
-
     codes = iter([0, 143])
-    assert demo.demo(tmp_path / "demo", lambda command: next(codes), plain_console()) == 143
+    assert demo(tmp_path / "demo", lambda command: next(codes), plain_console()) == 143
 
 
 def test_a_demo_that_cannot_write_says_where_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

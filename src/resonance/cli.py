@@ -14,8 +14,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from resonance import __version__
-from resonance.config import CurveConfig, EvaluateConfig, TrainConfig, TranscribeConfig
+from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import parse
+from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.errors import ConfigError, Interrupted, ResonanceError
 from resonance.messages import _
 from resonance.passthrough import FALSE_WORDS

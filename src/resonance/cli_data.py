@@ -37,25 +37,24 @@ def check(argv: list[str]) -> int:
     parser.add_argument("--fix", type=Path, metavar="OUT", help=_("write the rows without problems to OUT"))
     args = parser.parse_args(argv)
     from rich.console import Console
-    from rich.progress import Progress
 
     from resonance.data.check import check
     from resonance.data.check_report import format_report, write_fixed
     from resonance.data.formats import load_manifest
+    from resonance.progress_bar import progress_bar
 
     rows = load_manifest(args.path, dataset_dir=args.dataset_dir).utterances
     other = (
         load_manifest(args.validation_file, dataset_dir=args.dataset_dir).utterances if args.validation_file else None
     )
     console = Console(markup=False, emoji=False, highlight=False)  # a path may have [brackets] in it
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(_("checking"), total=len(rows) + len(other or []))
+    with progress_bar(Console(stderr=True), _("checking"), len(rows) + len(other or [])) as advance:
         report = check(
             rows,
             max_audio_len=args.max_audio_len,
             count_tokens=token_counter(args.model_name_or_path),
             other=other,
-            progress=lambda count: bar.advance(task, count),
+            progress=advance,
         )
     console.print(format_report(report))
     if args.fix:

@@ -1,4 +1,4 @@
-"""Every setting of training, evaluation and transcription: names, types, bounds, defaults, help.
+"""Every setting of training: names, types, bounds, defaults, help. Those of the other commands: `config_recognizer`.
 
 The help of a setting is the text under it. `config_io` makes flags, YAML files and error messages from this file; nothing
 else repeats a name, a default or a bound. Settings with a default that depends on another one come after it.
@@ -7,105 +7,33 @@ else repeats a name, a default or a bound. Settings with a default that depends 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from resonance import passthrough
-from resonance.config_checks import Problem, source_problems, train_problems
-from resonance.languages import language_code
+from resonance.config_checks import Problem, train_problems
+from resonance.config_types import (
+    SETTINGS,
+    AnyPath,
+    AudioContext,
+    Count,
+    HuggingFaceChoice,
+    Language,
+    Model,
+    Share,
+    Switch,
+    TargetModules,
+    Task,
+    WindowSeconds,
+    disagreement,
+)
 from resonance.messages import _
 from resonance.units import MAX_LABEL_TOKENS, WINDOW_SECONDS
 
 DEFAULT_STEPS = 500
 GOOD_EFFECTIVE_BATCH = range(8, 33)
 ALIGNMENT_STEPS = 80
-# The modules of a Whisper layer that a low-rank update can be put on, and PEFT's word for all linear ones.
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2", "embed_tokens", "proj_out")
-ALL_LINEAR = "all-linear"
-
-SETTINGS = ConfigDict(
-    extra="forbid",
-    frozen=True,
-    use_attribute_docstrings=True,
-    allow_inf_nan=False,
-    protected_namespaces=(),
-    defer_build=True,  # a command needs one of the models
-)
-
-
-def _home(path: Path) -> Path:
-    """`~` written out: shells leave it alone behind `=`, and a folder named ~ helps nobody."""
-    return Path.home().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path
-
-
-def _home_text(text: str) -> str:
-    return str(_home(Path(text))) if text.startswith("~") else text
-
-
-def _modules(names: list[str]) -> list[str]:
-    if names == [ALL_LINEAR]:
-        return names
-    for name in names:
-        if name.split(".")[-1] not in TARGET_MODULES:
-            raise ValueError(
-                _("Whisper has no modules named {name}. Give some of {names}, or {all} alone.").format(
-                    name=repr(name), names=", ".join(TARGET_MODULES), all=ALL_LINEAR
-                )
-            )
-    return names
-
-
-def _hugging_face_choice(value: str, info: ValidationInfo) -> str:
-    known = passthrough.choices(str(info.field_name))
-    if value not in known:
-        raise ValueError(_("It must be one of {choices}.").format(choices=", ".join(known)))
-    return value
-
-
-def _segment_times(value: Any) -> Any:
-    """Whisper's users write `segment` for what is also `True`."""
-    return True if value == "segment" else value
-
-
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Language = Annotated[str, AfterValidator(language_code)]
-Task = Literal["transcribe", "translate"]
-AnyPath = Annotated[Path, AfterValidator(_home)]
-Model = Annotated[str, Field(min_length=1), AfterValidator(_home_text)]
-WindowSeconds = Annotated[float, Field(gt=0, le=WINDOW_SECONDS)]
-AudioContext = Literal["auto", "full"] | WindowSeconds
-HuggingFaceChoice = Annotated[str, AfterValidator(_hugging_face_choice)]
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A true-or-false name that people type for one value of a setting.
-
-    False means "not that value": it gives `otherwise`, unless the setting already has a third value.
-    """
-
-    setting: str
-    value: str
-    otherwise: str
-
-
-def _disagreement(problems: list[Problem]) -> PydanticCustomError:
-    text = "\n".join(message for _names, message in problems)
-    return PydanticCustomError("disagreement", "{text}", {"text": text, "problems": problems})
 
 
 def _default_eval_strategy(data: dict[str, Any]) -> Literal["steps", "no"]:
@@ -193,7 +121,7 @@ class TrainConfig(BaseModel):
     """Strength of the addition; 2 to 4 times lora_r is usual."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Share of the addition's inputs that is dropped at random against overfitting; 0.05 to 0.1 is usual."""
-    target_modules: Annotated[list[str], Field(min_length=1), AfterValidator(_modules)] = ["q_proj", "v_proj"]
+    target_modules: TargetModules = ["q_proj", "v_proj"]
     """Parts of each layer that get an addition, separated by commas; all-linear for all of them, which learns more and
     takes more memory."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -321,14 +249,19 @@ class TrainConfig(BaseModel):
             if name not in passthrough.owned():
                 kept[name] = converted
         if problems:
-            raise _disagreement(problems)
+            raise disagreement(problems)
         return kept
+
+    @property
+    def whole_window(self) -> bool:
+        """Whether the model looks at 30 s of every recording, however short."""
+        return self.audio_context in ("full", WINDOW_SECONDS)
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
         problems = [*train_problems(self)]
         if problems:
-            raise _disagreement(problems)
+            raise disagreement(problems)
         return self
 
 
@@ -360,7 +293,7 @@ def effective_batch(config: TrainConfig, devices: int) -> int:
 
 def alignment_steps(config: TrainConfig) -> int:
     """Updates that fit the encoder to a short audio context; 0 where the context is the whole window or it is frozen."""
-    if config.audio_context in ("full", WINDOW_SECONDS) or config.finetuning == "frozen_encoder":
+    if config.whole_window or config.finetuning == "frozen_encoder":
         return 0
     if config.context_alignment_steps is not None:
         return config.context_alignment_steps
@@ -382,93 +315,3 @@ def batch_warning(config: TrainConfig, devices: int) -> str | None:
     return _("The effective batch is {batch}; {low} to {high} works well. {advice}").format(
         batch=batch, low=low, high=high, advice=advice
     )
-
-
-class RecognizerConfig(BaseModel):
-    """What `evaluate` and `transcribe` have in common: the model and how it decodes."""
-
-    model_config = SETTINGS
-
-    model_path: Model
-    """Model to use: the result of a training, its run folder, or a Whisper model."""
-    base_model: Model | None = None
-    """Where the model lies that the result was made from, if not where it was while training."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Compute on the GPU (cuda) or the CPU. auto takes the GPU where one is."""
-    language: Language | None = None
-    """Language spoken in the recordings. Left out, the one the model was trained for, else found by the model."""
-    task: Task | None = None
-    """Text in the language that is spoken (transcribe) or in English (translate). Left out, what was trained."""
-    batch_size: Count = 8
-    """Recordings that are transcribed at once."""
-    num_beams: int = Field(1, ge=1, le=64)
-    """Alternatives followed at the same time; more is slower and sometimes better."""
-    audio_context: AudioContext | None = None
-    """How much audio the model looks at. Left out, what the model was trained with, else full."""
-
-
-class EvaluateConfig(RecognizerConfig):
-    """Measure how well a model recognises recordings, beside the model it was made from."""
-
-    groups: ClassVar[dict[str, str]] = {"model_path": "Model", "test_file": "Data", "output_dir": "Result"}
-    aliases: ClassVar[dict[str, str | Switch]] = {
-        "validation_file": "test_file",
-        "test_data": "test_file",
-        "per_device_eval_batch_size": "batch_size",
-        "generation_num_beams": "num_beams",
-    }
-
-    test_file: AnyPath | None = None
-    """Recordings and transcripts to measure on, kept out of training. Left out, those that the run of model_path held
-    out."""
-    dataset_dir: AnyPath | None = None
-    """Folder with the recordings, for paths that are not found beside the file that lists them."""
-    json_file: str | None = Field(None, min_length=1)
-    """Name of the file inside dataset_dir that lists recordings and transcripts, in place of test_file."""
-    train_file: AnyPath | None = None
-    """The training data, to tell phrases that were trained from new ones. Left out, the rows that the run trained on."""
-    max_eval_samples: Count | None = None
-    """Measure on at most so many recordings. Left out, on all."""
-
-    output_dir: AnyPath | None = None
-    """Folder for the report. Left out, the run folder, or `evaluation` where the model lies in none."""
-    bootstrap_samples: int = Field(1000, ge=100, le=1_000_000)
-    """Random draws behind each interval of 95 %."""
-    seed: int = Field(42, ge=0, lt=2**32)
-    """Start of the random draws."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> EvaluateConfig:
-        problems: list[Problem] = []
-        if self.test_file or self.json_file:  # left out, the rows that the run held out
-            problems += source_problems("test_file", self.test_file, self.dataset_dir, self.json_file)
-        if problems:
-            raise _disagreement(problems)
-        return self
-
-
-class TranscribeConfig(RecognizerConfig):
-    """Turn recordings into text."""
-
-    groups: ClassVar[dict[str, str]] = {"model_path": "Model", "audio_path": "Recordings", "output_file": "Result"}
-    aliases: ClassVar[dict[str, str | Switch]] = {
-        "per_device_eval_batch_size": "batch_size",
-        "generation_num_beams": "num_beams",
-    }
-
-    audio_path: AnyPath | None = None
-    """Recording, or folder of recordings, to transcribe."""
-    audio_list: AnyPath | None = None
-    """File that lists recordings to transcribe, one path a line, or a JSON list."""
-
-    output_file: AnyPath | None = None
-    """File for the texts. Left out, they are printed."""
-    return_timestamps: Annotated[bool, BeforeValidator(_segment_times)] = False
-    """Give the time of each sentence, in seconds."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> TranscribeConfig:
-        if (self.audio_path is None) == (self.audio_list is None):
-            text = _("Give either audio_path (a recording or a folder) or audio_list (a file that lists recordings).")
-            raise _disagreement([(("audio_path", "audio_list"), text)])
-        return self

@@ -94,7 +94,7 @@ def _english_only_problems(c: TrainConfig) -> Iterator[Problem]:
 
 
 def _context_problems(c: TrainConfig) -> Iterator[Problem]:
-    if c.context_alignment_steps and c.audio_context in ("full", WINDOW_SECONDS):
+    if c.context_alignment_steps and c.whole_window:
         yield (
             ("context_alignment_steps", "audio_context"),
             _(

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from resonance.config import Switch
+from resonance.config_types import Switch
 from resonance.messages import _
 
 INDENT = 6  # columns before the text under a flag

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from resonance import passthrough
-from resonance.config import Switch
 from resonance.config_help import description, expected, help_page, is_optional, takes
+from resonance.config_types import Switch
 from resonance.config_yaml import read_yaml, write_yaml
 from resonance.errors import ConfigError, RunFolderError
 from resonance.messages import _

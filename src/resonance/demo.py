@@ -62,7 +62,7 @@ def copy_recordings(folder: Path) -> None:
     """The demo speaker's recordings where a user's would be. Raises DataError when they cannot be written there."""
     try:
         shutil.copytree(SPEAKER, folder, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise DataError(
             _(
                 "The demo's recordings could not be copied to {folder}: {reason}. Choose another folder with --output_dir."

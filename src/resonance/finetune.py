@@ -21,6 +21,7 @@ from resonance.messages import _
 from resonance.model import adapters, lora, runs
 from resonance.model.load import Whisper, choose_device, quiet_libraries
 from resonance.model.precision import training_precision
+from resonance.progress_bar import progress_bar
 from resonance.train import alignment, build, progress, resume
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
@@ -120,7 +121,7 @@ def align(
     # A base that was itself trained at a short context has nothing to learn from its own answer for 30 s.
     if not steps or not alignment.trainable_encoder(model) or (own and own.audio_context != "full"):
         return
-    with progress.bar(console, _("fitting the audio context"), steps) as on_step, explained_out_of_memory():
+    with progress_bar(console, _("fitting the audio context"), steps) as advance, explained_out_of_memory():
         difference = alignment.align_audio_context(
             model,
             rows.train,
@@ -128,10 +129,10 @@ def align(
             whisper.n_mels,
             steps=steps,
             batch_size=config.per_device_train_batch_size,
-            learning_rate=alignment.LEARNING_RATE["lora" if config.finetuning == "lora" else "full"],
+            learning_rate=alignment.LEARNING_RATE[config.finetuning],
             precision=training_precision(config.precision, whisper.model.device),
             seed=config.seed,
-            on_step=on_step,
+            on_step=lambda: advance(1),
         )
     set_seed(config.seed)
     row = {"step": 0, "context_difference_before": difference.before, "context_difference": difference.after}

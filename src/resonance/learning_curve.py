@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from resonance.config import CurveConfig, EvaluateConfig, TrainConfig
+from resonance.config import CurveConfig, TrainConfig
+from resonance.config_recognizer import EvaluateConfig
 from resonance.data.writing import write_manifest
 from resonance.errors import ConfigError
 from resonance.evaluate.curve import Point, write_curve
@@ -19,6 +20,7 @@ from resonance.evaluate.evaluation import evaluate
 from resonance.finetune import finetune
 from resonance.messages import _
 from resonance.train.rows import read_rows
+from resonance.transcribe.recognizer import DecodeSettings
 
 
 def learning_curve(config: CurveConfig, console: Console) -> tuple[list[Point], Path]:
@@ -36,7 +38,7 @@ def learning_curve(config: CurveConfig, console: Console) -> tuple[list[Point], 
     data.mkdir(parents=True, exist_ok=True)
     test_file = data / "test.json"
     write_manifest(test_file, rows.held_out)
-    points = []
+    points, known_base = [], dict[DecodeSettings, list[str]]()
     for size in usable_sizes(config.sizes, len(pool)):
         console.print(_("Training on {count} recordings").format(count=size), style="bold")
         train_file = data / f"train-{size}.json"
@@ -44,7 +46,7 @@ def learning_curve(config: CurveConfig, console: Console) -> tuple[list[Point], 
         folder = config.output_dir / f"{size}"
         finetune(one_training(config, train_file, folder), console)
         settings = {"model_path": str(folder), "test_file": test_file, "train_file": train_file, "seed": config.seed}
-        report, _folder = evaluate(EvaluateConfig.model_validate(settings), console)
+        report, _folder = evaluate(EvaluateConfig.model_validate(settings), console, known_base)
         points.append(Point(size, report))
     return points, write_curve(config.output_dir, _("More recordings, more understood?"), points)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from resonance.config import EvaluateConfig
+from resonance.config_recognizer import EvaluateConfig
 from resonance.data.manifest import Utterance
 from resonance.errors import ConfigError, DataError
 from resonance.evaluate import evaluation

@@ -6,7 +6,6 @@ An output appears only when it is complete, so a second run does what the first 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import json
 import multiprocessing
 import os
@@ -155,18 +154,24 @@ def _convert_all(todo: dict[Path, Path], workers: int | None) -> list[tuple[Path
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         size = sum(path.stat().st_size for path in todo if path.exists())
         workers = min(cores, len(todo), 1 + size // BYTES_WORTH_A_WORKER)
-    with _progress(len(todo)) as advance:
+    from rich.console import Console  # not in every worker process
+
+    from resonance.progress_bar import progress_bar
+
+    with progress_bar(Console(stderr=True), _("Converting"), len(todo)) as advance:
         if workers <= 1:
             reasons = {}
             for path, out in todo.items():
                 reasons[path] = _convert_one(path, out)
-                advance()
+                advance(1)
         else:
             reasons = _convert_in_processes(todo, workers, advance)
     return [(path, reason) for path in todo if (reason := reasons[path])]
 
 
-def _convert_in_processes(todo: dict[Path, Path], workers: int, advance: Callable[[], None]) -> dict[Path, str | None]:
+def _convert_in_processes(
+    todo: dict[Path, Path], workers: int, advance: Callable[[int], None]
+) -> dict[Path, str | None]:
     reasons: dict[Path, str | None] = {}
     # spawn: a forked child inherits locks of the threads that libraries have started.
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -174,7 +179,7 @@ def _convert_in_processes(todo: dict[Path, Path], workers: int, advance: Callabl
         running = {executor.submit(_convert_one, path, out): path for path, out in todo.items()}
         for future in concurrent.futures.as_completed(running):
             reasons[running[future]] = future.result()
-            advance()
+            advance(1)
     except BrokenProcessPool:
         stopped = _(
             "{path}: not done, because a process stopped unexpectedly (too little memory?). Run the command again."
@@ -206,19 +211,6 @@ def _convert_one(path: Path, out: Path) -> str | None:
     except AudioError as error:
         return str(error)
     return None
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr if that is a terminal; yields the function that moves it on by one file."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (console.is_terminal and total)) as bar:
-        task = bar.add_task(_("Converting"), total=total)
-        yield lambda: bar.advance(task)
 
 
 def _copy_labels(path: Path, out: Path, outputs: dict[Path, Path], overwrite: bool) -> str | None:

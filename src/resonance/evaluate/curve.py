@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from resonance.data.textfile import write_text_atomic
@@ -27,6 +28,9 @@ from resonance.evaluate.results import (
     percent,
 )
 from resonance.messages import _, language
+
+
+LONGEST_WORD = 10  # characters, of a heading
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +68,14 @@ def advice(points: Sequence[Point]) -> str:
 
 def format_table(points: Sequence[Point]) -> Table:
     """Rows of the curve for the screen: the base model first, as zero recordings."""
-    table = Table()
-    for heading in _headings(points):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for cells in _cells(points):
-        table.add_row(*cells)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    rows = _cells(points)
+    for heading, cells in zip(_headings(points), zip(*rows, strict=True), strict=True):
+        # The headings go over several lines, so that 80 columns hold the numbers.
+        longest = max(len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(heading, justify="right", overflow="fold", width=max(longest, LONGEST_WORD))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

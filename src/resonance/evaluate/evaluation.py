@@ -15,9 +15,8 @@ from pathlib import Path
 
 import soundfile
 from rich.console import Console
-from rich.progress import Progress
 
-from resonance.config import EvaluateConfig
+from resonance.config_recognizer import EvaluateConfig
 from resonance.data.audio import read_audio
 from resonance.data.check import probe_durations
 from resonance.data.formats import load_manifest
@@ -33,6 +32,7 @@ from resonance.evaluate.results import EvaluationReport, Row, group_rows, report
 from resonance.languages import language_code
 from resonance.messages import _
 from resonance.model import adapters, runs
+from resonance.progress_bar import progress_bar
 from resonance.transcribe.files import Span, transcribe_files
 from resonance.transcribe.output import check_writable
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
@@ -43,11 +43,13 @@ WORST = 10  # clips that can be listened to in the report
 WORST_SECONDS = 30.0  # of each
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport, Path]:
+def evaluate(
+    config: EvaluateConfig, console: Console, known_base: dict[DecodeSettings, list[str]] | None = None
+) -> tuple[EvaluationReport, Path]:
     """Score the model of `config`, beside its base if it has one. Returns the report and the folder it was written to.
 
     `report.html` and `report.json` are written together at the end. Raises DataError for rows that cannot be read or that
-    were trained on.
+    were trained on. `known_base` keeps what the base understood, for calls on the same rows and base.
     """
     place = Path(config.model_path).resolve()
     run = runs.containing(place)
@@ -65,7 +67,10 @@ def evaluate(config: EvaluateConfig, console: Console) -> tuple[EvaluationReport
     tuned = texts(
         recognizer, test, settings, config.batch_size, console, _("tuned model") if base_model else _("model")
     )
-    base = base_texts(recognizer, base_model, config, test, settings, console) if base_model else None
+    known_base = {} if known_base is None else known_base
+    if base_model and settings not in known_base:
+        known_base[settings] = base_texts(recognizer, base_model, config, test, settings, console)
+    base = known_base.get(settings)
 
     normalizer = normalizer_for(language, recognizer.spellings())
     references = [row.text for row in test]
@@ -207,13 +212,8 @@ def texts(
 ) -> list[str]:
     """Transcripts of rows, in their order."""
     spans = [Span(Path(row.audio), row.start, row.end) for row in rows]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=len(rows))
-        results = list(
-            transcribe_files(
-                recognizer, spans, settings, batch_size=batch_size, done=lambda count: bar.advance(task, count)
-            )
-        )
+    with progress_bar(console, name, len(rows)) as advance:
+        results = list(transcribe_files(recognizer, spans, settings, batch_size=batch_size, done=advance))
     failed = [
         _("row {row}: {error}").format(row=row.row, error=result.error)
         for row, result in zip(rows, results, strict=True)

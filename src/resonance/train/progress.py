@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -129,22 +129,6 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if self.task is not None:
             self.bar.stop()
             self.task = None
-
-
-@contextmanager
-def bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Gives the function that is told how much is done."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as shown:
-        task = shown.add_task(title, total=total)
-        yield lambda done: shown.update(task, completed=done)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from resonance.config import TranscribeConfig
+from resonance.config_recognizer import TranscribeConfig
 from resonance.data.textfile import write_text_atomic
 from resonance.errors import DataError
 from resonance.messages import _
+from resonance.progress_bar import progress_bar
 from resonance.transcribe.files import FileResult, Span, list_audio, transcribe_files
 from resonance.transcribe.recognizer import DecodeSettings
 from resonance.transcribe.torch_engine import load_recognizer
@@ -32,26 +32,9 @@ def transcribe_to_output(config: TranscribeConfig) -> int:
     )
     settings = DecodeSettings(config.language, config.task, config.num_beams, config.return_timestamps)
     console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(_("transcribing"), total=len(paths))
-        spans = [Span(path) for path in paths]
-        results = list(
-            transcribe_files(
-                recognizer,
-                spans,
-                settings,
-                batch_size=config.batch_size,
-                done=lambda count: bar.advance(task, count),
-            )
-        )
+    spans = [Span(path) for path in paths]
+    with progress_bar(console, _("transcribing"), len(spans)) as advance:
+        results = list(transcribe_files(recognizer, spans, settings, batch_size=config.batch_size, done=advance))
     failed = [result for result in results if result.error is not None]
     if config.return_timestamps and any(result.coarse for result in results):
         print(

@@ -1,0 +1,93 @@
+"""Types that settings share: their bounds, and how what people type becomes a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from resonance import passthrough
+from resonance.config_checks import Problem
+from resonance.languages import language_code
+from resonance.messages import _
+from resonance.units import WINDOW_SECONDS
+
+# The modules of a Whisper layer that a low-rank update can be put on, and PEFT's word for all linear ones.
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2", "embed_tokens", "proj_out")
+ALL_LINEAR = "all-linear"
+
+SETTINGS = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    protected_namespaces=(),
+    defer_build=True,  # a command needs one of the models
+)
+
+
+def _home(path: Path) -> Path:
+    """`~` written out: shells leave it alone behind `=`, and a folder named ~ helps nobody."""
+    return Path.home().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path
+
+
+def _home_text(text: str) -> str:
+    return str(_home(Path(text))) if text.startswith("~") else text
+
+
+def _modules(names: list[str]) -> list[str]:
+    if names == [ALL_LINEAR]:
+        return names
+    for name in names:
+        if name.split(".")[-1] not in TARGET_MODULES:
+            raise ValueError(
+                _("Whisper has no modules named {name}. Give some of {names}, or {all} alone.").format(
+                    name=repr(name), names=", ".join(TARGET_MODULES), all=ALL_LINEAR
+                )
+            )
+    return names
+
+
+def _hugging_face_choice(value: str, info: ValidationInfo) -> str:
+    known = passthrough.choices(str(info.field_name))
+    if value not in known:
+        raise ValueError(_("It must be one of {choices}.").format(choices=", ".join(known)))
+    return value
+
+
+def _segment_times(value: Any) -> Any:
+    """Whisper's users write `segment` for what is also `True`."""
+    return True if value == "segment" else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Language = Annotated[str, AfterValidator(language_code)]
+Task = Literal["transcribe", "translate"]
+AnyPath = Annotated[Path, AfterValidator(_home)]
+Model = Annotated[str, Field(min_length=1), AfterValidator(_home_text)]
+WindowSeconds = Annotated[float, Field(gt=0, le=WINDOW_SECONDS)]
+AudioContext = Literal["auto", "full"] | WindowSeconds
+HuggingFaceChoice = Annotated[str, AfterValidator(_hugging_face_choice)]
+TargetModules = Annotated[list[str], Field(min_length=1), AfterValidator(_modules)]
+ReturnTimestamps = Annotated[bool, BeforeValidator(_segment_times)]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A true-or-false name that people type for one value of a setting.
+
+    False means "not that value": it gives `otherwise`, unless the setting already has a third value.
+    """
+
+    setting: str
+    value: str
+    otherwise: str
+
+
+def disagreement(problems: list[Problem]) -> PydanticCustomError:
+    text = "\n".join(message for _names, message in problems)
+    return PydanticCustomError("disagreement", "{text}", {"text": text, "problems": problems})
