@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 
 from resonance.data.textfile import write_text_atomic
@@ -72,7 +73,7 @@ def format_table(points: Sequence[Point]) -> Table:
     rows = _cells(points)
     for heading, cells in zip(_headings(points), zip(*rows, strict=True), strict=True):
         # The headings go over several lines, so that 80 columns hold the numbers.
-        longest = max(len(line) for cell in cells for line in cell.split("\n"))
+        longest = max(cell_len(line) for cell in cells for line in cell.split("\n"))
         table.add_column(heading, justify="right", overflow="fold", width=max(longest, LONGEST_WORD))
     for row in rows:
         table.add_row(*row)
