@@ -30,7 +30,6 @@ from resonance.evaluate.results import (
 )
 from resonance.messages import _, language
 
-
 LONGEST_WORD = 10  # characters, of a heading
 
 
