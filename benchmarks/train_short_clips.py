@@ -245,7 +245,8 @@ def held_out_loss(model: Any, config: Any, rows: list[Any], length: str) -> floa
     import torch
 
     from resonance.data.audio import read_audio
-    from resonance.data.batches import AudioContext, Clip, Collator
+    from resonance.data.audio_context import AudioContext
+    from resonance.data.batches import Clip, Collator
     from resonance.data.tokens import LabelTokenizer
     from resonance.model.context import allow_any_audio_context
     from resonance.model.load import load_tokenizer

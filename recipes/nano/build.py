@@ -26,7 +26,7 @@ from recipes.nano.stream import SOUNDS, Batches  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
-from resonance.data.batches import AudioContext  # noqa: E402
+from resonance.data.audio_context import AudioContext  # noqa: E402
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer  # noqa: E402
 from resonance.model.context import allow_any_audio_context  # noqa: E402
 from resonance.train.trainer import label_token_loss  # noqa: E402

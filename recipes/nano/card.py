@@ -14,7 +14,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from recipes.nano import phrases, score, speech  # noqa: E402
 
-from resonance.data.batches import AudioContext, batch_features  # noqa: E402
+from resonance.data.audio_context import AudioContext  # noqa: E402
+from resonance.data.batches import batch_features  # noqa: E402
 from resonance.data.tokens import LabelTokenizer  # noqa: E402
 from resonance.model.load import load_whisper  # noqa: E402
 from resonance.transcribe.torch_engine import detect_languages  # noqa: E402

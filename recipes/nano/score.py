@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from recipes.nano import phrases, speech
 
-from resonance.data.batches import AudioContext, batch_features
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
 from resonance.data.tokens import LabelTokenizer
 from resonance.transcribe.torch_engine import decode
 

@@ -13,7 +13,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from recipes.nano import phrases, speech
 
-from resonance.data.batches import AudioContext, Clip, Collator
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import Clip, Collator
 from resonance.data.manifest import Segment, Utterance
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer, TokenPair
 from resonance.units import FRAMES_PER_POSITION, POSITIONS_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION, WINDOW_SECONDS

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from resonance.config import TrainConfig, alignment_steps, batch_warning, effective_batch
 from resonance.config_io import dump_yaml
-from resonance.data.batches import AudioContext
+from resonance.data.audio_context import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.data.writing import write_manifest
 from resonance.errors import Interrupted, OutOfMemoryError, RunFolderError

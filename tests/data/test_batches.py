@@ -14,10 +14,9 @@ import soundfile
 import torch
 from transformers import WhisperTokenizer
 
+from resonance.data.audio_context import CONTEXT_SECONDS, AudioContext
 from resonance.data.augment import Augmentation
 from resonance.data.batches import (
-    CONTEXT_SECONDS,
-    AudioContext,
     Clip,
     ClipDataset,
     Collator,

@@ -10,7 +10,8 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 from resonance.data.audio import read_audio
-from resonance.data.batches import AudioContext, batch_features
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
 from resonance.data.features import log_mel
 from resonance.units import HOP_LENGTH, SAMPLE_RATE
 

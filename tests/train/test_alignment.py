@@ -13,7 +13,8 @@ import torch
 from resonance.config import TrainConfig, alignment_steps
 from resonance.config_io import load_yaml
 from resonance.data.audio import read_audio
-from resonance.data.batches import AudioContext, batch_features
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
 from resonance.data.check import probe_durations
 from resonance.data.formats import load_manifest
 from resonance.data.manifest import Utterance

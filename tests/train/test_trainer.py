@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from resonance.config import TrainConfig
 from resonance.data.audio import read_audio
-from resonance.data.batches import AudioContext
+from resonance.data.audio_context import AudioContext
 from resonance.errors import AudioError, Interrupted
 from resonance.evaluate.metrics import score
 from resonance.finetune import finetune

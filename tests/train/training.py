@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from resonance.config import TrainConfig
-from resonance.data.batches import AudioContext
+from resonance.data.audio_context import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.model.runs import RunFolder
 from resonance.train import build

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resonance.data.batches import AudioContext
+from resonance.data.audio_context import AudioContext
 from resonance.errors import ConfigError, ModelError, ResonanceError
 from resonance.transcribe.recognizer import DecodeSettings
 from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer, unwrap

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from resonance.data.audio import read_audio
-from resonance.data.batches import AudioContext, batch_features
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
 from resonance.data.manifest import Utterance
 from resonance.model.precision import DTYPES, Precision
 from resonance.transcribe.torch_engine import unwrap

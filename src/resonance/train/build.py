@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from resonance.config import TrainConfig
+from resonance.data.audio_context import AudioContext
 from resonance.data.augment import Augmentation
-from resonance.data.batches import AudioContext, ClipDataset, Collator
+from resonance.data.batches import ClipDataset, Collator
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
 from resonance.evaluate.metrics import score
 from resonance.evaluate.normalize import normalizer_for

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
-from resonance.data.batches import AudioContext, batch_features
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
 from resonance.data.tokens import LabelTokenizer
 from resonance.errors import ConfigError, ModelError
 from resonance.messages import _
