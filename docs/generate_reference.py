@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from resonance import cli, cli_data, passthrough
 from resonance.config import CurveConfig, TrainConfig
 from resonance.config_help import description, expected
+from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_types import Switch
 
@@ -69,6 +70,7 @@ def page() -> str:
     parts = [HEAD]
     for model, name in ((TrainConfig, "train"), (EvaluateConfig, "evaluate"), (TranscribeConfig, "transcribe")):
         parts += settings(model, f"resonance {name}")
+    parts += settings(PlanConfig, "resonance plan", beside=TrainConfig)
     parts += settings(CurveConfig, "resonance curve", beside=TrainConfig)
     parts += training_arguments()
     for name, command in cli_data.COMMANDS.items():

@@ -15,12 +15,19 @@ import pytest
 from resonance import cli, cli_data
 from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import load_yaml, parse
+from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-MODELS = {"train": TrainConfig, "curve": CurveConfig, "evaluate": EvaluateConfig, "transcribe": TranscribeConfig}
+MODELS = {
+    "plan": PlanConfig,
+    "train": TrainConfig,
+    "curve": CurveConfig,
+    "evaluate": EvaluateConfig,
+    "transcribe": TranscribeConfig,
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:

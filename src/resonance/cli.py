@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from resonance import __version__
 from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import parse
+from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.errors import ConfigError, Interrupted, ResonanceError
 from resonance.messages import _
@@ -108,6 +109,7 @@ def unknown(name: str, known: Sequence[str] | dict[str, Command]) -> str:
 
 def overview() -> str:
     rows = [
+        ("plan", _("settings that fit this machine; the memory, time and cost of a training")),
         ("train", _("fine-tune Whisper on recordings and their transcripts")),
         ("evaluate", _("compare the result with the model it was made from, on held-out recordings")),
         ("transcribe", _("turn recordings into text")),
@@ -159,6 +161,13 @@ def with_saved_settings(argv: list[str]) -> list[str]:
     # max_steps wins over num_train_epochs, and the saved settings always have one of the two.
     by_epochs = ["--max_steps=-1"] if "num_train_epochs" in given and "max_steps" not in given else []
     return ["--config", str(saved), *by_epochs, *argv]
+
+
+def plan(argv: list[str]) -> int:
+    config = parse(PlanConfig, argv, "resonance plan")
+    from resonance.plan.command import run
+
+    return run(config, plain_console())
 
 
 def evaluate(argv: list[str]) -> int:
@@ -233,6 +242,7 @@ def doctor(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Command] = {
+    "plan": plan,
     "train": train,
     "evaluate": evaluate,
     "transcribe": transcribe,

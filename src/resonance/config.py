@@ -210,6 +210,8 @@ class TrainConfig(BaseModel):
     """Longest text the model writes when measured, in tokens."""
     generation_num_beams: int = Field(1, ge=1, le=64)
     """Alternatives followed at the same time when measuring; more is slower and sometimes better."""
+    auto: bool = False
+    """Choose the settings that are left out: those that fit the recordings and this machine, as resonance plan says."""
     resume: bool = False
     """Continue the run in output_dir where it stopped."""
 

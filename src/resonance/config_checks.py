@@ -38,9 +38,10 @@ def source_problems(
         )
 
 
-def train_problems(c: TrainConfig) -> Iterator[Problem]:
+def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Problem]:
     """Everything in `c` that is right alone and wrong together."""
-    yield from source_problems("train_file", c.train_file, c.dataset_dir, c.json_file)
+    if needs_source:
+        yield from source_problems("train_file", c.train_file, c.dataset_dir, c.json_file)
     yield from _english_only_problems(c)
     if c.quantization != "none" and c.finetuning != "lora":
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from resonance import passthrough
 from resonance.config_checks import Problem
 from resonance.languages import language_code
 from resonance.messages import _
-from resonance.units import WINDOW_SECONDS
+from resonance.units import GIBIBYTE, MEBIBYTE, WINDOW_SECONDS
 
 # The modules of a Whisper layer that a low-rank update can be put on, and PEFT's word for all linear ones.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2", "embed_tokens", "proj_out")
@@ -63,6 +64,20 @@ def _segment_times(value: Any) -> Any:
     return True if value == "segment" else value
 
 
+def memory_bytes(text: str) -> int:
+    """Bytes of `8GB`, `7.5 GiB` or `8192MiB`. Makers of cards and nvidia-smi both mean powers of 1024. Raises ValueError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(g|m)i?b?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * (GIBIBYTE if found[2].lower() == "g" else MEBIBYTE)) if found else 0
+    if size <= 0:
+        raise ValueError(_("It must be a size such as 8GB or 7500MiB."))
+    return size
+
+
+def _memory_size(text: str) -> str:
+    memory_bytes(text)
+    return text
+
+
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Language = Annotated[str, AfterValidator(language_code)]
@@ -72,6 +87,7 @@ Model = Annotated[str, Field(min_length=1), AfterValidator(_home_text)]
 WindowSeconds = Annotated[float, Field(gt=0, le=WINDOW_SECONDS)]
 AudioContext = Literal["auto", "full"] | WindowSeconds
 HuggingFaceChoice = Annotated[str, AfterValidator(_hugging_face_choice)]
+MemorySize = Annotated[str, AfterValidator(_memory_size)]
 TargetModules = Annotated[list[str], Field(min_length=1), AfterValidator(_modules)]
 ReturnTimestamps = Annotated[bool, BeforeValidator(_segment_times)]
 

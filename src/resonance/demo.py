@@ -27,9 +27,11 @@ def demo(output_dir: Path, run_command: Callable[[list[str]], int], console: Con
     copy_recordings(recordings)
     sample = json.loads((recordings / "test.json").read_text(encoding="utf-8"))[0]
     console.print(introduction(recordings), soft_wrap=True)
+    plan = output_dir / "plan.yaml"
     steps = [
         (_("Check the recordings"), ["data", "check", str(recordings / "labels.json"), "--model_name_or_path", MODEL]),
-        (_("Train on 60 of them"), train_command(recordings, run)),
+        (_("Plan: settings, memory, time"), plan_command(recordings, plan, begun=run.exists())),
+        (_("Train on 60 of them"), train_command(plan, run)),
         (
             _("Measure on the others, before and after"),
             ["evaluate", "--model_path", str(run), "--test_file", str(recordings / "test.json")],
@@ -49,13 +51,19 @@ def demo(output_dir: Path, run_command: Callable[[list[str]], int], console: Con
     return 0
 
 
-def train_command(recordings: Path, run: Path) -> list[str]:
-    flags = "--target_modules all-linear --max_steps 150 --per_device_train_batch_size 8 --validation_split 0"
+def plan_command(recordings: Path, plan: Path, *, begun: bool) -> list[str]:
+    """A training that has begun goes on with the settings it has: then the plan is only shown."""
+    flags = "--target_modules all-linear --max_steps 150 --validation_split 0"
     return [
-        *("train", "--model_name_or_path", MODEL, "--train_file", str(recordings / "train.json")),
-        *(*flags.split(), "--output_dir", str(run)),
-        *(["--resume"] if run.exists() else []),
+        *("plan", "--model_name_or_path", MODEL, "--train_file", str(recordings / "train.json")),
+        *(*flags.split(), *([] if begun else ["--write", str(plan)])),
     ]
+
+
+def train_command(plan: Path, run: Path) -> list[str]:
+    if run.exists():
+        return ["train", "--output_dir", str(run), "--resume"]
+    return ["train", "--config", str(plan), "--output_dir", str(run)]
 
 
 def copy_recordings(folder: Path) -> None:
@@ -90,6 +98,7 @@ def what_next(run: Path) -> str:
             _("The report with charts and recordings to listen to: {path}").format(path=run / "report.html"),
             _("With your own recordings, laid out as in the demo's folder, and a real Whisper:"),
             "  resonance data check my_recordings",
+            "  resonance plan --model_name_or_path openai/whisper-small --train_file my_recordings/labels.json",
             "  resonance train --model_name_or_path openai/whisper-small --train_file my_recordings/labels.json "
             "--language zh --output_dir runs/mine",
             "  resonance evaluate --model_path runs/mine",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import set_seed
 
@@ -16,13 +13,15 @@ from resonance.config_io import dump_yaml
 from resonance.data.audio_context import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.data.writing import write_manifest
-from resonance.errors import Interrupted, OutOfMemoryError, RunFolderError
+from resonance.errors import Interrupted, RunFolderError
 from resonance.messages import _
 from resonance.model import adapters, lora, runs
 from resonance.model.load import Whisper, choose_device, quiet_libraries
 from resonance.model.precision import training_precision
+from resonance.model.sizes import WhisperShape, shape_from_config
+from resonance.plan.command import planned
 from resonance.progress_bar import progress_bar
-from resonance.train import alignment, build, progress, resume
+from resonance.train import alignment, build, ladder, progress, resume
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
 from resonance.train.trainer import WhisperTrainer
@@ -34,6 +33,8 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     Everything that can be wrong with settings, recordings and transcripts is found before training starts, and nothing
     that another run left behind is overwritten.
     """
+    if config.auto:
+        config = planned(config, console)
     with runs.claim(config.output_dir, resume=config.resume) as run:
         resume.check_settings(config, run)
         if run.result and resume.nothing_left(config, run):
@@ -41,37 +42,54 @@ def finetune(config: TrainConfig, console: Console) -> Path:
             return run.result
         rows = read_rows(config, console)
         resume.check_rows(rows, run)
-        language = config.language or guess_language([*rows.train, *rows.held_out])
-        # Rows may name their own; None means several, which are told apart when transcribing.
-        only = single_language([*rows.train, *rows.held_out], language)
-        whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
-        tokenizer = LabelTokenizer(
-            whisper.tokenizer,
-            whisper.multilingual,
-            language,
-            config.task,
-            whisper.max_label_tokens,
-            learns_language=only is None,
-        )
-        check_labels([*rows.train, *rows.held_out], tokenizer)
+        steps_down = ladder.Ladder(run, console)
+        while True:
+            try:
+                result = train_once(config, rows, run, console)
+            except ladder.MemoryFull as full:
+                config = steps_down.down(config, rows, full)
+            else:
+                steps_down.report(config)
+                return result
+            ladder.release()  # here nothing holds the last attempt any more
+            rows = rows.up_to(config.max_audio_len)
 
-        set_seed(config.seed)
-        model = build.choose_weights(whisper, config)
-        context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
-        trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
-        announce(config, rows, only, model, trainer, console)
-        dump_yaml(config, run.config)
-        write_manifest(run.train_rows, rows.train)
-        if rows.held_out:
-            write_manifest(run.held_out_rows, rows.held_out)
-        if not run.latest_checkpoint():
+
+def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Console) -> Path:
+    """From rows to the result folder. Raises MemoryFull, with everything saved, where these settings take too much."""
+    language = config.language or guess_language([*rows.train, *rows.held_out])
+    # Rows may name their own; None means several, which are told apart when transcribing.
+    only = single_language([*rows.train, *rows.held_out], language)
+    whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
+    tokenizer = LabelTokenizer(
+        whisper.tokenizer,
+        whisper.multilingual,
+        language,
+        config.task,
+        whisper.max_label_tokens,
+        learns_language=only is None,
+    )
+    check_labels([*rows.train, *rows.held_out], tokenizer)
+
+    set_seed(config.seed)
+    model = build.choose_weights(whisper, config)
+    context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
+    trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
+    announce(config, rows, only, model, trainer, console)
+    dump_yaml(config, run.config)
+    write_manifest(run.train_rows, rows.train)
+    if rows.held_out:
+        write_manifest(run.held_out_rows, rows.held_out)
+    shape = shape_from_config(whisper.model.config.to_dict())
+    if not run.latest_checkpoint():
+        with ladder.watching(shape):
             align(config, rows, whisper, model, context, run.events, console)
-        train(trainer, run, console)
+    train(trainer, run, shape, console)
 
-        info = describe(config, rows, whisper, trainer, only)
-        name = "adapter" if info.kind == "lora" else "model"
-        with quiet_libraries():
-            return save_result(run.path / name, whisper, trainer.model, info)
+    info = describe(config, rows, whisper, trainer, only)
+    name = "adapter" if info.kind == "lora" else "model"
+    with quiet_libraries():
+        return save_result(run.path / name, whisper, trainer.model, info)
 
 
 def announce(
@@ -121,7 +139,7 @@ def align(
     # A base that was itself trained at a short context has nothing to learn from its own answer for 30 s.
     if not steps or not alignment.trainable_encoder(model) or (own and own.audio_context != "full"):
         return
-    with progress_bar(console, _("fitting the audio context"), steps) as advance, explained_out_of_memory():
+    with progress_bar(console, _("fitting the audio context"), steps) as advance:
         difference = alignment.align_audio_context(
             model,
             rows.train,
@@ -148,14 +166,15 @@ def align(
     )
 
 
-def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> None:
-    """Run the loop from the last complete checkpoint. Raises Interrupted, with everything saved, on a signal."""
+def train(trainer: WhisperTrainer, run: runs.RunFolder, shape: WhisperShape, console: Console) -> None:
+    """Run the loop from the last complete checkpoint. Raises Interrupted on a signal, MemoryFull where memory runs out;
+    everything is saved then."""
     latest, measured = run.latest_checkpoint(), True
     line = progress.ProgressLine(console, trainer.metric)
-    stop = progress.StopOnSignal()
-    for callback in (resume.NewIntervals(), line, stop):
+    stop, start = progress.StopOnSignal(), ladder.StepStart()
+    for callback in (resume.NewIntervals(), line, stop, start):
         trainer.add_callback(callback)
-    with stop.installed(), quiet_libraries(), explained_out_of_memory():
+    with stop.installed(), quiet_libraries(), ladder.watching(shape, trainer, start):
         try:
             if latest and resume.all_steps_done(trainer, latest):
                 resume.finish(trainer, latest)
@@ -184,19 +203,3 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, console: Console) -> Non
                 ),
                 stop.received,
             )
-
-
-@contextlib.contextmanager
-def explained_out_of_memory() -> Iterator[None]:
-    """What to do about it, in place of PyTorch's account of the allocator."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            _(
-                "The GPU has too little memory for these settings. Continue with --resume and half of "
-                "--per_device_train_batch_size with twice the --gradient_accumulation_steps, which trains the same, or "
-                "with --gradient_checkpointing. If that is not enough, begin again in another --output_dir with "
-                "--use_8bit, a smaller --max_audio_len or a smaller model."
-            )
-        ) from error

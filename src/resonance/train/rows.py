@@ -29,6 +29,13 @@ class Rows:
     train: list[Utterance]
     held_out: list[Utterance]
 
+    def up_to(self, seconds: float) -> Rows:
+        """Without the recordings that are longer."""
+        train, held_out = (
+            [row for row in rows if (row.duration or 0.0) <= seconds] for rows in (self.train, self.held_out)
+        )
+        return Rows(train, held_out)
+
     @property
     def hours(self) -> float:
         return sum(row.duration or 0.0 for row in self.train) / 3600

@@ -68,6 +68,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.keep_checkpoints = keep_checkpoints
         self.metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         self.meter = Meter(group)
+        self.evaluating = False  # stays set where evaluate() raised
         self.remove_callback(PrinterCallback)  # our progress line says it in words
         self.add_callback(_WhereItIs(self.sampler, self.meter))
 
@@ -98,9 +99,11 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         return loss, ids, labels
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.evaluating = True
         with self.meter.pausing(), clean_worker_errors():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-            return metrics
+        self.evaluating = False
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

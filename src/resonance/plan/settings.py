@@ -1,0 +1,107 @@
+"""A plan as settings of `resonance train`, each with the reason for it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from resonance.config import GOOD_EFFECTIVE_BATCH, TrainConfig
+from resonance.messages import _
+from resonance.plan.choose import Plan
+from resonance.plan.devices import Device
+from resonance.units import GIBIBYTE, POSITIONS_PER_SECOND
+
+
+class Reasoned(NamedTuple):
+    value: Any
+    reason: str
+
+
+def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
+    """Every setting that the plan decides or that decides the plan; what the user gave is said to be theirs."""
+    rung, recordings, device = plan.rung, plan.recordings, plan.device
+
+    def choice(setting: str, value: Any, reason: str) -> tuple[str, Reasoned]:
+        return setting, Reasoned(value, _("as you gave it") if setting in config.model_fields_set else reason)
+
+    chosen = [
+        choice(
+            "model_name_or_path",
+            plan.model,
+            _("the largest that fits and that {hours:.1f} hours of speech can teach").format(hours=recordings.hours),
+        ),
+        choice("finetuning", config.finetuning, _("learns a voice from few recordings; a few MB")),
+        choice(
+            "precision",
+            plan.job.precision,
+            _("what this GPU is good at") if device.kind == "cuda" else _("what works everywhere"),
+        ),
+        choice(
+            "quantization",
+            rung.quantization,
+            _("the weights fit as they are, and are faster so")
+            if rung.quantization == "none"
+            else _("saves memory: nothing faster fits"),
+        ),
+        choice(
+            "per_device_train_batch_size",
+            rung.per_device_train_batch_size,
+            _("the whole effective batch fits at once")
+            if rung.gradient_accumulation_steps == 1
+            else _("the fastest that fits {room:.1f} GiB").format(room=plan.room / GIBIBYTE),
+        ),
+        choice(
+            "gradient_accumulation_steps",
+            rung.gradient_accumulation_steps,
+            _("makes an effective batch of {batch}; {low} to {high} works well").format(
+                batch=rung.effective_batch, low=GOOD_EFFECTIVE_BATCH[0], high=GOOD_EFFECTIVE_BATCH[-1]
+            ),
+        ),
+        choice(
+            "gradient_checkpointing",
+            rung.gradient_checkpointing,
+            _("saves memory, costs about a third of the time") if rung.gradient_checkpointing else _("not needed"),
+        ),
+        choice("audio_context", config.audio_context, context_reason(plan)),
+        choice(
+            "max_steps",
+            plan.steps,
+            _("{clips} recordings, each heard about {times:.0f} times").format(
+                clips=recordings.clips, times=plan.steps * rung.effective_batch / recordings.clips
+            ),
+        ),
+        choice("dataloader_num_workers", workers(config, device), _("prepare audio while the model computes")),
+    ]
+    if plan.eval_steps:
+        chosen += [
+            choice(
+                "eval_steps", plan.eval_steps, _("measures {count} recordings held out").format(count=plan.measured)
+            ),
+            choice(
+                "per_device_eval_batch_size",
+                plan.job.per_device_eval_batch_size,
+                _("transcribes them, without a training's memory"),
+            ),
+        ]
+        if plan.measured < recordings.held_out:
+            chosen.append(choice("max_eval_samples", plan.measured, _("enough to find the best checkpoint")))
+    if rung.max_audio_len < recordings.longest:
+        left = sum(seconds > rung.max_audio_len for seconds in recordings.train_seconds)
+        reason = _("longer ones do not fit: {count} of {total} recordings are left out")
+        chosen.append(choice("max_audio_len", rung.max_audio_len, reason.format(count=left, total=recordings.clips)))
+    return dict(chosen)
+
+
+def context_reason(plan: Plan) -> str:
+    if plan.context.length == "full":
+        return _("computes 30 s for every recording, however short")
+    seconds = plan.context.positions(min(plan.rung.max_audio_len, plan.recordings.longest)) / POSITIONS_PER_SECOND
+    return _("computes as long as the recordings are: up to {seconds:.1f} s of Whisper's 30").format(seconds=seconds)
+
+
+def workers(config: TrainConfig, device: Device) -> int:
+    """As given; else four where a GPU computes and the processor has nothing else to do, or what a processor can spare."""
+    if "dataloader_num_workers" in config.model_fields_set:
+        return config.dataloader_num_workers
+    cores = (os.cpu_count() or 1) if device.here else 8
+    return min(4, cores) if device.kind == "cuda" else min(2, cores - 1)

@@ -1,0 +1,128 @@
+"""Settings that follow from recordings, model and device; and what happens where little or nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resonance.config import TrainConfig
+from resonance.model.sizes import PUBLISHED
+from resonance.plan.choose import CANDIDATES, Plan, best_plan
+from resonance.plan.devices import Device, choose, processor
+from resonance.plan.recordings import Recordings, made_up
+from resonance.plan.settings import settings_of
+from resonance.units import GIBIBYTE
+
+ALL = {size: PUBLISHED[size] for size in CANDIDATES}
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"train_file": Path("labels.json"), "output_dir": Path("run"), **values})
+
+
+def card(gib: float, name: str | None = None) -> Device:
+    return choose(name, int(gib * GIBIBYTE))
+
+
+def plan(gib: float, hours: float, seconds: float = 5.0, **values: Any) -> Plan:
+    return best_plan(config(**values), ALL, card(gib), made_up(hours, seconds))
+
+
+def value(plan: Plan, name: str) -> Any:
+    return settings_of(plan, config())[name].value
+
+
+@pytest.mark.parametrize(
+    ("hours", "models"), [(0.1, {"small"}), (5, {"small", "medium"}), (30, {"medium", "large-v3"}), (80, {"large-v3"})]
+)
+def test_more_speech_gets_a_larger_model(hours: float, models: set[str]) -> None:
+    assert plan(24, hours).model in models
+
+
+@pytest.mark.parametrize("gib", [4, 6, 8, 12, 16, 24, 48])
+@pytest.mark.parametrize(("hours", "seconds"), [(0.1, 3.0), (20, 10.0), (100, 30.0)])
+def test_what_is_planned_fits_with_some_memory_left(gib: float, hours: float, seconds: float) -> None:
+    found = plan(gib, hours, seconds)
+    assert found.fits and found.needed <= 0.92 * gib * GIBIBYTE
+    batch, times = (value(found, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    assert batch * times == (8 if hours < 10 else 16)
+
+
+def test_less_memory_never_gets_a_larger_model_or_batch() -> None:
+    found = [plan(gib, 100, 30.0) for gib in (3, 4, 6, 8, 12, 16, 24, 48)]
+    sizes = [p.shape.parameters for p in found]
+    assert sizes == sorted(sizes)
+    large = [
+        value(p, "per_device_train_batch_size")
+        for p in found
+        if p.model == "large-v3" and not p.job.gradient_checkpointing
+    ]
+    assert large == sorted(large) and len(set(large)) > 1
+
+
+def test_sixteen_gigabytes_hold_large_v3_in_16_bits_with_batches_of_four_at_30_seconds() -> None:
+    found = plan(16, 100, 30.0)  # the third row of the recommendations that users know by heart
+    assert (found.model, value(found, "quantization"), value(found, "per_device_train_batch_size")) == (
+        "large-v3",
+        "none",
+        4,
+    )
+
+
+def test_what_the_user_gives_is_kept_and_said() -> None:
+    given = {"per_device_train_batch_size": 2, "quantization": "8bit", "max_steps": 77, "lora_r": 8}
+    found = plan(8, 0.5, **given)
+    for name in ("per_device_train_batch_size", "quantization", "max_steps"):
+        assert settings_of(found, config(**given))[name] == (given[name], "as you gave it")
+    assert found.job.lora_r == 8 and found.steps == 77
+
+
+def test_a_model_that_is_named_is_not_exchanged() -> None:
+    found = best_plan(config(), {"medium": PUBLISHED["medium"]}, card(1.0), made_up(0.1, 3.0))
+    assert found.model == "medium" and not found.fits
+    assert found.needed > found.room
+
+
+def test_where_nothing_fits_the_least_that_would_be_needed_is_told() -> None:
+    found = best_plan(config(), ALL, card(0.5), made_up(1, 30.0))
+    assert not found.fits and found.model == "tiny"
+    assert found.job.per_device_train_batch_size == 1 and found.job.gradient_checkpointing
+
+
+def test_memory_that_other_programs_hold_is_not_planned_with() -> None:
+    crowded = replace(card(24), free=4 * GIBIBYTE)
+    assert best_plan(config(), ALL, crowded, made_up(100, 30.0)).needed < 4 * GIBIBYTE
+
+
+def test_a_processor_gets_a_model_that_is_done_in_hours_and_no_quantisation() -> None:
+    found = best_plan(config(), ALL, replace(processor(), flops=2e11, free=64 * GIBIBYTE), made_up(100, 10.0))
+    assert found.duration.total < 6 * 3600 or found.model == "tiny"
+    assert value(found, "quantization") == "none" and value(found, "precision") == "fp32"
+
+
+def test_one_long_recording_decides_about_the_memory() -> None:
+    short = made_up(0.2, 3.0)
+    with_outlier = Recordings((*short.train_seconds, 30.0), 0, 0.0, short.label_tokens, False)
+    shapes = {"small": PUBLISHED["small"]}
+    one, other = (best_plan(config(per_device_train_batch_size=8), shapes, card(24), r) for r in (short, with_outlier))
+    assert other.needed > 2 * one.needed
+    assert with_outlier.usual_longest == 3.0
+
+
+def test_one_recording_is_enough_for_a_plan() -> None:
+    found = best_plan(config(), ALL, card(8), made_up(0.001, 3.0))
+    assert found.recordings.clips == 1 and value(found, "per_device_train_batch_size") == 1
+
+
+def test_a_longer_training_takes_longer_and_a_faster_card_less() -> None:
+    recordings, shapes = made_up(1, 5.0), {"small": PUBLISHED["small"]}
+    seconds = {
+        (name, steps): best_plan(config(max_steps=steps), shapes, choose(name, None), recordings).duration.total
+        for name in ("T4", "RTX 4090")
+        for steps in (500, 1000)
+    }
+    assert seconds["T4", 1000] > 1.5 * seconds["T4", 500]
+    assert seconds["RTX 4090", 1000] < seconds["T4", 1000]

@@ -1,0 +1,213 @@
+"""Memory that runs out in the middle of a training: smaller settings, the same samples, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from resonance.config import TrainConfig
+from resonance.errors import OutOfMemoryError
+from resonance.finetune import finetune
+from resonance.model.rungs import Rung, below
+from resonance.model.runs import read_events
+from resonance.train.trainer import WhisperTrainer
+
+SETTINGS: dict[str, Any] = {
+    "language": "en",
+    "max_steps": 4,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 1,
+    "warmup_steps": 1,
+    "learning_rate": 0.01,
+    "validation_split": 0.0,
+    "lora_dropout": 0.0,
+    "lora_r": 4,
+    "optim": "sgd",
+    "dataloader_num_workers": 0,
+    "context_alignment_steps": 0,
+    "extra": {"use_cpu": True},
+}
+
+
+class Memory:
+    """A device that holds `limit` bytes for backward: what autograd keeps beyond them is out of memory."""
+
+    def __init__(self, limit: float = float("inf")) -> None:
+        self.limit = limit
+        self.kept = self.most = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.kept += tensor.untyped_storage().nbytes()
+        self.most = max(self.most, self.kept)
+        if self.kept > self.limit:
+            raise torch.OutOfMemoryError(f"simulated: {self.kept} of {self.limit} bytes")
+        return tensor
+
+    @contextlib.contextmanager
+    def installed(self, method: str = "training_step") -> Iterator[None]:
+        real = getattr(WhisperTrainer, method)
+
+        def step(trainer: WhisperTrainer, *given: Any, **named: Any) -> Any:
+            self.kept = 0  # backward has freed what forward kept
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+                return real(trainer, *given, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WhisperTrainer, method, step)
+            yield
+
+
+@pytest.fixture
+def run(uneven_labels: Callable[[int], Path], tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that trains into a folder of this name and returns it."""
+    labels = uneven_labels(20)
+
+    def train(name: str, console: Console | None = None, **changes: Any) -> Path:
+        given = {"train_file": labels, "model_name_or_path": str(tiny_model), "output_dir": tmp_path / name}
+        config = TrainConfig.model_validate(given | SETTINGS | changes)
+        finetune(config, console or Console(quiet=True))
+        return tmp_path / name
+
+    return train
+
+
+def losses(out: Path) -> dict[int, float]:
+    rows = [row for row in read_events(out / "events.jsonl") if "loss" in row]
+    assert len(rows) == len({row["step"] for row in rows})  # no step twice
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def full_events(out: Path) -> list[dict[str, Any]]:
+    return [row for row in read_events(out / "events.jsonl") if "out_of_memory" in row]
+
+
+@pytest.fixture
+def whole(run: Callable[..., Path]) -> tuple[Path, int]:
+    """A training with all the memory it wants, and how much it kept at most."""
+    memory = Memory()
+    with memory.installed():
+        return run("whole"), memory.most
+
+
+@pytest.mark.parametrize(("share", "batches"), [(0.6, [4]), (0.3, [4, 2])])
+def test_smaller_batches_train_the_same_weights_when_memory_runs_out(
+    run: Callable[..., Path],
+    whole: tuple[Path, int],
+    share: float,
+    batches: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unbroken, most = whole
+    with Memory(share * most).installed():
+        small = run("small", Console(width=300))
+    assert [row["per_device_train_batch_size"] for row in full_events(small)] == batches
+    assert losses(small) == pytest.approx(losses(unbroken), abs=2e-4)
+    for name, weight in weights(unbroken).items():
+        torch.testing.assert_close(weights(small)[name], weight, atol=1e-5, rtol=1e-4)
+    shown = capsys.readouterr().out
+    assert shown.count("Out of memory at step") == len(batches)
+    assert f"begin with them next time: --per_device_train_batch_size {batches[-1]}" in shown
+    made = json.loads((small / "adapter" / "resonance.json").read_text(encoding="utf-8"))["settings"]
+    assert made["per_device_train_batch_size"] == batches[-1]
+    assert made["per_device_train_batch_size"] * made["gradient_accumulation_steps"] == 8
+
+
+def test_a_step_that_ran_out_is_begun_again_with_the_same_random_numbers(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full only once, in the middle of step 3, after its dropout was drawn: what follows is the undisturbed run."""
+    dropout = {"lora_dropout": 0.3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    unbroken = run("unbroken", **dropout)
+    real, calls = WhisperTrainer.training_step, []
+
+    def once(trainer: WhisperTrainer, *given: Any, **named: Any) -> Any:
+        calls.append(trainer.state.global_step)
+        loss = real(trainer, *given, **named)
+        if len(calls) == 2 * 8 + 3:
+            raise torch.OutOfMemoryError("simulated")
+        return loss
+
+    monkeypatch.setattr(WhisperTrainer, "training_step", once)
+    broken = run("broken", **dropout)
+    assert full_events(broken) == [{"step": 2, "out_of_memory": "training", "gradient_checkpointing": True}]
+    assert calls.count(2) == 3 + 4  # of the four recordings that are left for it
+    assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-6)
+    for name, weight in weights(unbroken).items():
+        torch.testing.assert_close(weights(broken)[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_an_evaluation_that_runs_out_is_repeated_in_smaller_batches_and_not_skipped(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"validation_split": 0.4, "eval_steps": 2, "per_device_eval_batch_size": 8}
+    unbroken = run("unbroken", **measured)
+    real = WhisperTrainer.prediction_step
+
+    def small_only(trainer: WhisperTrainer, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+        if len(inputs["labels"]) > 4:
+            raise torch.OutOfMemoryError("simulated")
+        return real(trainer, model, inputs, *given, **named)
+
+    monkeypatch.setattr(WhisperTrainer, "prediction_step", small_only)
+    broken = run("broken", **measured)
+    assert [row["per_device_eval_batch_size"] for row in full_events(broken)] == [4]
+    scores = [
+        {row["step"]: row["eval_cer"] for row in read_events(out / "events.jsonl") if "eval_cer" in row}
+        for out in (unbroken, broken)
+    ]
+    assert sorted(scores[1]) == [2, 4] and scores[0] == pytest.approx(scores[1])
+    for name, weight in weights(unbroken).items():
+        torch.testing.assert_close(weights(broken)[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_the_last_rung_ends_with_what_was_tried_and_what_would_fit(run: Callable[..., Path], tmp_path: Path) -> None:
+    with Memory(1000).installed(), pytest.raises(OutOfMemoryError) as caught:
+        run("nothing")
+    said = str(caught.value)
+    assert "Tried: 8 x 1" in said and "1 x 8" in said and "gradient_checkpointing" in said
+    assert "--resume" in said
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(WhisperTrainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run("broken")
+
+
+def test_rungs_keep_the_effective_batch_and_end_with_shorter_audio() -> None:
+    start = Rung("none", 8, 1, False, 30.0)
+    rungs = list(below(start, may_quantize=True))
+    assert rungs[0] == Rung("8bit", 8, 1, False, 30.0)
+    assert [(r.per_device_train_batch_size, r.gradient_accumulation_steps) for r in rungs[1:4]] == [
+        (4, 2),
+        (2, 4),
+        (1, 8),
+    ]
+    assert all(r.effective_batch == 8 for r in rungs)
+    assert rungs[4].gradient_checkpointing and rungs[4].max_audio_len == 30.0
+    assert [r.max_audio_len for r in rungs[5:]] == sorted((r.max_audio_len for r in rungs[5:]), reverse=True)
+    assert list(below(rungs[-1], may_quantize=False)) == []
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 12, 100])
+def test_any_batch_can_be_divided(batch: int) -> None:
+    rungs = list(below(Rung("none", batch, 3, True, 5.0), may_quantize=False))
+    assert all(r.effective_batch == 3 * batch for r in rungs)
+    assert batch == 1 or rungs[-1].per_device_train_batch_size == 1
