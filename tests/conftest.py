@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import soundfile
 
 os.environ["RESONANCE_LANG"] = "en"
+# Trainings of a random model with three clips are nothing for plans to learn from.
+os.environ["RESONANCE_HOME"] = tempfile.mkdtemp(prefix="resonance-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a model hub for anything
 # Threads wait for each other after every operation. On a busy machine one of the tiny model's takes 9 ms with two, 0.02
 # with one.

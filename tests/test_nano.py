@@ -115,8 +115,8 @@ def test_the_demo_runs_the_commands_that_it_shows_and_goes_on_where_it_was_stopp
 
     assert demo(out, remember, plain_console()) == 0
     shown = capsys.readouterr().out
-    assert [command[0] for command in ran] == ["data", "train", "evaluate", "transcribe"]
-    assert "--resume" in ran[1]
+    assert [command[0] for command in ran] == ["data", "plan", "train", "evaluate", "transcribe"]
+    assert "--resume" in ran[2]
     assert "openai/whisper-small" in shown and "report.html" in shown
     assert (out / "run" / "report.html").is_file()
     assert sorted(p.name for p in (out / "recordings").iterdir()) == sorted(p.name for p in SPEAKER.iterdir())

@@ -242,8 +242,8 @@ def doctor(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "plan": plan,
     "train": train,
+    "plan": plan,
     "evaluate": evaluate,
     "transcribe": transcribe,
     "curve": curve,

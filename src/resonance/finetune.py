@@ -20,11 +20,12 @@ from resonance.model.load import Whisper, choose_device, quiet_libraries
 from resonance.model.precision import training_precision
 from resonance.model.sizes import WhisperShape, shape_from_config
 from resonance.plan.command import planned
+from resonance.plan.learn import learn
 from resonance.progress_bar import progress_bar
 from resonance.train import alignment, build, ladder, progress, resume
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
-from resonance.train.trainer import WhisperTrainer
+from resonance.train.trainer import WhisperTrainer, peak_memory
 
 
 def finetune(config: TrainConfig, console: Console) -> Path:
@@ -85,6 +86,8 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
         with ladder.watching(shape):
             align(config, rows, whisper, model, context, run.events, console)
     train(trainer, run, shape, console)
+    on = trainer.args.device
+    learn(config, rows, shape, trainer.state.log_history, on.type, peak_memory(on))
 
     info = describe(config, rows, whisper, trainer, only)
     name = "adapter" if info.kind == "lora" else "model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from resonance.errors import OutOfMemoryError
 from resonance.finetune import finetune
 from resonance.model.rungs import Rung, below
 from resonance.model.runs import read_events
+from resonance.train import build
 from resonance.train.trainer import WhisperTrainer
 
 SETTINGS: dict[str, Any] = {
@@ -146,6 +148,31 @@ def test_a_step_that_ran_out_is_begun_again_with_the_same_random_numbers(
     assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-6)
     for name, weight in weights(unbroken).items():
         torch.testing.assert_close(weights(broken)[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_of_the_attempt_that_failed_is_held_while_the_next_one_trains(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    alive: list[list[bool]] = []
+    real_build, real_step = build.choose_weights, WhisperTrainer.training_step
+
+    def choose(*given: Any) -> Any:
+        alive.append([model() is not None for model in models])
+        model = real_build(*given)
+        models.append(weakref.ref(model))
+        return model
+
+    def large_is_too_much(trainer: WhisperTrainer, model: Any, inputs: Any, *given: Any) -> Any:
+        loss = real_step(trainer, model, inputs, *given)
+        if len(inputs["labels"]) > 2:
+            raise torch.OutOfMemoryError("simulated")
+        return loss
+
+    monkeypatch.setattr(build, "choose_weights", choose)
+    monkeypatch.setattr(WhisperTrainer, "training_step", large_is_too_much)
+    run("released")
+    assert alive == [[], [False], [False, False]]
 
 
 def test_an_evaluation_that_runs_out_is_repeated_in_smaller_batches_and_not_skipped(

@@ -166,17 +166,17 @@ def _front(job: TrainingJob) -> int:
 def backward_working(job: TrainingJob, side: Side, tokens: int) -> int:
     """Bytes in flight at the widest point of a layer's backward, its feed-forward block.
 
-    Beside the residual's gradient: those on both sides of GELU. Where fc2 is trained it has freed its input by then. Where
-    checkpointing computes a layer with LoRA on fc2 again, the float32 input of its dropout and the output are wider.
-    bitsandbytes turns the weight back to floating point for the product.
+    Beside the residual's gradient: those on both sides of GELU. Where fc2 is trained it has freed its input by then. LoRA
+    on fc2 is wider at the end of the layer's forward, when backward is about to begin: its input in float32, and what
+    dropout makes of it. bitsandbytes turns the weight back to floating point for the product.
     """
     shape, h, inner = job.shape, job.computed, job.inner
     ffn = shape.encoder_ffn_dim if side == "encoder" else shape.decoder_ffn_dim
     working = job.residual * shape.d_model + 2 * inner * ffn
     if job.trains(side):
         working = (job.residual + h * (h == 2)) * shape.d_model + inner * ffn
-    elif h == 2 and job.gradient_checkpointing and job.adapts(f"{side}.layers.0.fc2"):
-        working = max(working, 4 * h * shape.d_model + (inner + 8) * ffn)
+    elif h == 2 and job.adapts(f"{side}.layers.0.fc2"):
+        working = max(working, 4 * h * shape.d_model + (inner + (8 if job.lora_dropout else 4)) * ffn)
     dequantized = 4 * shape.d_model * ffn if job.quantization != "none" else 0
     return tokens * working + dequantized
 

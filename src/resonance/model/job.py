@@ -35,6 +35,7 @@ class TrainingJob:
     generation_tokens: int = MAX_LABEL_TOKENS  # most that are written, prompt included
     ranks: int = 1
     zero_stage: Literal[0, 1, 2, 3] = 0
+    aligns: bool = False  # whether updates before training fit the encoder to a short audio context
 
     @property
     def computed(self) -> int:

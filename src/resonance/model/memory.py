@@ -11,12 +11,12 @@ end of forward, then log-probabilities, their gradient and the logits' gradient,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from resonance.model.activations import backward_working, forward_working, kept_for_backward
 from resonance.model.job import Tensor, TrainingJob, trained_tensors
-from resonance.units import FRAMES_PER_POSITION, MEBIBYTE
+from resonance.units import FRAMES_PER_POSITION, FRAMES_PER_SECOND, MEBIBYTE, POSITIONS_PER_SECOND
 
 # cuBLAS works in memory from torch's allocator: 8,519,680 bytes (":4096:2:16:8", aten CublasHandlePool.cpp; 32 MiB on
 # Hopper). The thread that runs backward has a second piece.
@@ -36,6 +36,7 @@ SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps the states of smaller tenso
 BLOCK_8BIT = 256  # elements that share a float32 scale there
 PAGED_FROM = 100_000  # elements; states of larger tensors lie in managed memory, which torch does not count
 BLOCK_4BIT = 64  # nf4 weights that share a float32 scale
+ALIGNED_SECONDS = 1000.0  # of features and targets that `train.alignment` holds at most
 LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 
 
@@ -96,7 +97,7 @@ class MemoryPlan:
 
 
 def predict(job: TrainingJob) -> MemoryPlan:
-    """The memory of `job` at its fullest, by part. Pure, and about a quarter of a millisecond."""
+    """The memory of `job` at its fullest, by part. Pure, and about a millisecond."""
     trained = list(trained_tensors(job))
     gradients = 4 * sum(tensor.elements for tensor in trained)
     adapters = gradients if job.finetuning == "lora" else 0
@@ -216,6 +217,19 @@ def training_moments(job: TrainingJob, trained: Sequence[Tensor], gradients: int
     largest = 4 * max((tensor.size for tensor in trained), default=0)
     yield Moment("end of backward", gradients, kept.front, 0, largest * accumulates)
     yield Moment("update", gradients, 0, 0, _update_working(job, gradients, largest))
+    if job.aligns:
+        yield _alignment(job)
+
+
+def _alignment(job: TrainingJob) -> Moment:
+    """Backward of the encoder alone, in evaluation mode: neither dropout nor checkpoints, which transformers uses only in
+    training. Beside it its difference from the target in float32, and all features and float16 targets."""
+    alone = replace(job, gradient_checkpointing=False, lora_dropout=0.0)
+    kept, heard = kept_for_backward(alone), job.per_device_train_batch_size * job.positions
+    d, frames = job.shape.d_model, FRAMES_PER_SECOND * job.shape.num_mel_bins * job.residual
+    held = int(ALIGNED_SECONDS * (2 * POSITIONS_PER_SECOND * d + frames))
+    working = max(backward_working(alone, "encoder", heard), 4 * 4 * heard * d)
+    return Moment("alignment", 0, kept.encoder + kept.front, 0, working + held)
 
 
 def _autocast_copies(job: TrainingJob, trained: Sequence[Tensor]) -> int:

@@ -6,6 +6,7 @@ What the user gave is kept; only what was left open is chosen. Every choice carr
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from resonance.model.job import TrainingJob
 from resonance.model.memory import MemoryPlan, predict
 from resonance.model.rungs import Rung, below, job_for, smaller_batches
 from resonance.model.sizes import PUBLISHED, WhisperShape
+from resonance.plan import calibration
 from resonance.plan.devices import Device
 from resonance.plan.recordings import Recordings
 from resonance.plan.timing import SAVE_SECONDS, START_SECONDS, Duration, evaluation_seconds, step_seconds
@@ -54,6 +56,7 @@ class Plan:
     steps: int
     eval_steps: int  # 0: nothing is measured while training
     measured: int  # recordings that each measurement transcribes
+    learnt_from: int  # earlier trainings on this machine that corrected memory and time
 
     @property
     def fits(self) -> bool:
@@ -74,10 +77,10 @@ def best_plan(config: TrainConfig, shapes: dict[str, WhisperShape], device: Devi
 
     Where nothing fits, the least plan of the smallest model, whose `fits` is False.
     """
-    allowed = [name for name in shapes if len(shapes) == 1 or fed_by(shapes[name], config, recordings)]
-    allowed = allowed or [SMALLEST_BY_DATA]
     last = list(shapes)[-1]
-    names = [name for name in shapes if list(shapes).index(name) >= list(shapes).index(allowed[0])]
+    names = list(
+        itertools.dropwhile(lambda name: name != last and not fed_by(shapes[name], config, recordings), shapes)
+    )
     for shorten in (False, True):
         for name in names:
             plans = [plan for plan in plans_for(name, shapes[name], config, device, recordings, shorten) if plan.fits]
@@ -162,6 +165,7 @@ def plan_for(
             memory = predict(job)
             if needed_bytes(memory, device) <= room_on(device):
                 break
+    past = calibration.factors_for(device, job)
     steps = step_count(config, recordings, rung.effective_batch)
     return Plan(
         name,
@@ -172,12 +176,13 @@ def plan_for(
         context,
         job,
         memory,
-        needed_bytes(memory, device),
+        int(needed_bytes(memory, device) * past.memory),
         room_on(device),
-        duration_of(job, config, device, recordings, steps, eval_batch if evaluates else 0, context),
+        duration_of(job, config, device, recordings, steps, eval_batch if evaluates else 0, context).scaled(past.time),
         steps,
         eval_steps(config, steps) if evaluates else 0,
         measured_clips(config, recordings) if evaluates else 0,
+        past.trainings,
     )
 
 

@@ -18,7 +18,7 @@ from resonance.errors import ConfigError, DataError, ModelError
 from resonance.messages import _
 from resonance.model.builtin import folder_of
 from resonance.model.sizes import PUBLISHED, WhisperShape, published_shape, shape_from_config
-from resonance.plan import devices
+from resonance.plan import calibration, devices
 from resonance.plan.choose import CANDIDATES, Plan, best_plan, can_quantize
 from resonance.plan.prices import Price, read_prices
 from resonance.plan.recordings import made_up, measure
@@ -154,6 +154,12 @@ def notes_on(plan: Plan, config: TrainConfig) -> list[str]:
     if device.kind == "cpu":
         notes.append(
             _("There is no GPU here. With a rented one it would be much faster; resonance plan shows what that costs.")
+        )
+    if plan.learnt_from:
+        notes.append(
+            _("Corrected by what {count} earlier trainings took here ({file}).").format(
+                count=plan.learnt_from, file=calibration.file()
+            )
         )
     if not recordings.counted and getattr(config, "hours", None) is None:
         notes.append(_("The lengths of the labels are estimated: the model's tokenizer is not on this machine."))

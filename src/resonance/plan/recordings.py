@@ -11,7 +11,7 @@ from rich.console import Console
 
 from resonance.config import TrainConfig
 from resonance.data.manifest import Utterance
-from resonance.train.rows import read_rows
+from resonance.train.rows import Rows, read_rows
 from resonance.units import MAX_LABEL_TOKENS
 
 PROMPT_TOKENS = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
@@ -65,8 +65,11 @@ class Recordings:
 
 def measure(config: TrainConfig, model_folder: Path | None, console: Console) -> Recordings:
     """Read the manifests of `config`, as training would. Raises DataError as training would."""
-    rows = read_rows(config, console)
-    count = token_counter(model_folder)
+    return lengths(read_rows(config, console), token_counter(model_folder))
+
+
+def lengths(rows: Rows, count: Callable[[str], int] | None) -> Recordings:
+    """`count` gives the tokens of a text; without it they are estimated."""
     return Recordings(
         tuple(sorted(row.duration or 0.0 for row in rows.train)),
         len(rows.held_out),

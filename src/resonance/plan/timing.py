@@ -39,6 +39,10 @@ class Duration:
     def total(self) -> float:
         return self.training + self.evaluation + self.start
 
+    def scaled(self, factor: float) -> Duration:
+        """As long as earlier trainings took beside what was predicted for them."""
+        return Duration(self.training * factor, self.evaluation * factor, self.start)
+
 
 def forward_flops(shape: WhisperShape, positions: int, tokens: int) -> tuple[float, float]:
     """Operations of one clip through the encoder (`positions` long) and through the decoder (`tokens` long)."""

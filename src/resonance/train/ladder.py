@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,9 +121,9 @@ def watching(
             ) from error
         phase: Phase = "evaluation" if trainer.evaluating else "training"
         full = MemoryFull(phase, trainer.state.global_step, shape)
+        traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors, and saving needs room
     else:
         return
-    # Out of the except block, where the failed step's tensors are held by the traceback.
     trainer.model.zero_grad(set_to_none=True)
     release()
     if start and start.state:

@@ -19,6 +19,7 @@ from resonance.data.batches import ClipDataset, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
+from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import is_complete, mark_complete, write_failure
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
@@ -227,6 +228,13 @@ def memory_in_gib(device: torch.device) -> dict[str, float]:
             "rss_gib": round(rss, 3),
         }
     return {"memory_gib": round(rss, 3), "peak_memory_gib": round(peak_rss() / GIBIBYTE, 3), "rss_gib": round(rss, 3)}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the fullest as a plan counts them: on a GPU what nvidia-smi would show, else the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT
+    return int(peak_rss())
 
 
 def peak_rss() -> float:
