@@ -29,9 +29,6 @@ from resonance.model.builtin import folder_of
 from resonance.model.context import allow_any_audio_context
 from resonance.units import MAX_LABEL_TOKENS
 
-# PEFT imports bitsandbytes, which on processors with AVX512-BF16 recommends a package that fetches code from a hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
 MULTILINGUAL_TOKENS = 51_865  # size of the smallest multilingual vocabulary; `.en` models have one token less
 Quantization = Literal["none", "8bit", "4bit"]
 

@@ -210,8 +210,11 @@ def training_moments(job: TrainingJob, trained: Sequence[Tensor], gradients: int
     yield Moment("backward of the decoder", before + waiting, kept.total - kept.head, 0, working)
     if kept.encoder:
         working = backward_working(job, "encoder", heard) + kept.encoder_layer * checkpoints
-        still = kept.encoder + kept.front - encoder_output  # the last norm's input is free
-        yield Moment("backward of the encoder", max(before, of_decoder), still, 0, working)
+        layers = kept.encoder - encoder_output  # the last norm's input is free
+        yield Moment("backward of the encoder", max(before, of_decoder), layers + kept.front, 0, working)
+        one = layers // shape.encoder_layers
+        most = max(before, gradients - (gradients - of_decoder) // shape.encoder_layers)
+        yield Moment("backward of the first layer", most, one + kept.front, 0, working)
     else:
         yield Moment("forward of the encoder", before, 0, 0, forward_working(job, heard))
     largest = 4 * max((tensor.size for tensor in trained), default=0)
