@@ -17,11 +17,12 @@ setup: .venv/.installed
 .venv/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Resonance needs Python 3.11 or newer, and $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv: torch first, then the packages of requirements-dev.txt. This takes some minutes."
+	@$(PYTHON) -m venv .venv
 	@# torch first: the pinned version decides which build everything else is installed against.
-	$(PIP) "`grep '^torch==' requirements.txt`" || { $(NO_INDEX); }
-	$(PIP) -r requirements-dev.txt || { $(NO_INDEX); }
-	$(PIP) --no-deps -e . || { $(NO_INDEX); }
+	@$(PIP) "`grep '^torch==' requirements.txt`" || { $(NO_INDEX); }
+	@$(PIP) -r requirements-dev.txt || { $(NO_INDEX); }
+	@$(PIP) --no-deps -e . || { $(NO_INDEX); }
 	@touch $@
 
 demo: setup

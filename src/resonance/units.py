@@ -15,6 +15,9 @@ SAMPLES_PER_POSITION = HOP_LENGTH * FRAMES_PER_POSITION  # 320
 WINDOW_SECONDS = 30.0  # what Whisper was trained to read at once
 WINDOW_POSITIONS = int(WINDOW_SECONDS * POSITIONS_PER_SECOND)  # 1500
 MAX_LABEL_TOKENS = 448  # decoder positions (`max_target_positions`), prompt and special tokens included
+# Audio whose encoder outputs for 30 s are held in memory before training: 150 MB for large-v3 with its features. More than
+# the 600 s of the speaker in docs/results.md was not tried.
+ALIGNED_SECONDS = 1000.0
 TIMESTAMP_STEP_SECONDS = 0.02  # one timestamp token per encoder position
 
 MEBIBYTE = 1 << 20

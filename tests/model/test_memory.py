@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, WhisperConfig, WhisperForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from resonance.model import lora, memory
+from resonance.model import lora
 from resonance.model.activations import kept_for_backward
 from resonance.model.context import allow_any_audio_context
 from resonance.model.job import TrainingJob, trained_tensors
@@ -47,6 +47,7 @@ from resonance.model.sizes import PUBLISHED, WhisperShape, shape_from_config
 from resonance.train import alignment
 from resonance.train.trainer import label_token_loss
 from resonance.transcribe.torch_engine import decode, unwrap
+from resonance.units import ALIGNED_SECONDS
 
 TINY, SMALL = PUBLISHED["tiny"], PUBLISHED["small"]
 SHALLOW = replace(TINY, encoder_layers=2, decoder_layers=2)
@@ -287,10 +288,8 @@ def test_the_alignment_before_training_is_predicted(name: str, fake: FakeTensorM
     trained = list(trained_tensors(job))
     gradients = 4 * sum(tensor.elements for tensor in trained)
     (predicted,) = (m for m in training_moments(job, trained, gradients) if m.name == "alignment")
-    seconds = memory.ALIGNED_SECONDS
-    held = seconds * (50 * 2 * job.shape.d_model + 100 * job.shape.num_mel_bins * job.residual)
+    held = ALIGNED_SECONDS * (50 * 2 * job.shape.d_model + 100 * job.shape.num_mel_bins * job.residual)
     assert predicted.total - held == pytest.approx(live.peak, rel=0.05)
-    assert seconds == alignment.ALIGNED_SECONDS
 
 
 @pytest.mark.parametrize(

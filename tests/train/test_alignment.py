@@ -70,6 +70,15 @@ def test_the_difference_is_to_the_base_s_own_answer_for_30_seconds(tiny_model: P
     assert found.after < 0.9 * found.before
 
 
+def test_the_fit_is_learnt_in_16_bits_too(tiny_model: Path, rows: list[Utterance]) -> None:
+    # Autocast copies weights to 16 bits once for as long as it lasts: in one block around all steps, nothing is learnt.
+    model = with_lora(tiny_model, "all-linear")
+    found = align_audio_context(
+        model, rows[:4], SHORT, 80, steps=20, batch_size=4, learning_rate=1e-2, precision="bf16", seed=1
+    )
+    assert found.after < 0.9 * found.before
+
+
 def test_only_the_encoder_s_trainable_weights_move(tiny_model: Path, rows: list[Utterance]) -> None:
     model = with_lora(tiny_model)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}

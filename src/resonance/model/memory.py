@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from resonance.model.activations import backward_working, forward_working, kept_for_backward
 from resonance.model.job import Tensor, TrainingJob, trained_tensors
-from resonance.units import FRAMES_PER_POSITION, FRAMES_PER_SECOND, MEBIBYTE, POSITIONS_PER_SECOND
+from resonance.units import ALIGNED_SECONDS, FRAMES_PER_POSITION, FRAMES_PER_SECOND, MEBIBYTE, POSITIONS_PER_SECOND
 
 # cuBLAS works in memory from torch's allocator: 8,519,680 bytes (":4096:2:16:8", aten CublasHandlePool.cpp; 32 MiB on
 # Hopper). The thread that runs backward has a second piece.
@@ -36,7 +36,6 @@ SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps the states of smaller tenso
 BLOCK_8BIT = 256  # elements that share a float32 scale there
 PAGED_FROM = 100_000  # elements; states of larger tensors lie in managed memory, which torch does not count
 BLOCK_4BIT = 64  # nf4 weights that share a float32 scale
-ALIGNED_SECONDS = 1000.0  # of features and targets that `train.alignment` holds at most
 LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from resonance.config import TrainConfig
+from resonance.config import TrainConfig, alignment_steps
 from resonance.data.audio_context import AudioContext
 from resonance.model.job import TrainingJob
 from resonance.model.sizes import WhisperShape
@@ -58,6 +58,7 @@ def job_for(
         per_device_eval_batch_size=0,
         generation_num_beams=config.generation_num_beams,
         generation_tokens=config.generation_max_length,
+        aligns=alignment_steps(config) > 0,
     )
 
 

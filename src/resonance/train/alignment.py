@@ -24,10 +24,8 @@ from resonance.data.batches import batch_features
 from resonance.data.manifest import Utterance
 from resonance.model.precision import DTYPES, Precision
 from resonance.transcribe.torch_engine import unwrap
+from resonance.units import ALIGNED_SECONDS
 
-# Held in memory with its targets: 180 MB for large-v3 (50 positions a second of 1280 numbers in 16 bits, and 100 frames of
-# 128 in 16). F03 above had 600 s; that more would help was not tried.
-ALIGNED_SECONDS = 1000.0
 WARMUP_STEPS = 10
 LEARNING_RATE = {"lora": 1e-3, "full": 1e-4}
 
@@ -73,32 +71,39 @@ def align_audio_context(
     weights = trainable_encoder(model)
     device = encoder.conv1.weight.device
     chance = random.Random(seed)
-    autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     mode = model.training
     model.eval()  # dropout would blur the targets, and is not what is to be learnt
-    with autocast:
+
+    def autocast() -> torch.autocast:
+        # New for every pass: autocast keeps its 16-bit copies of the weights until it ends, whatever is learnt meanwhile.
+        return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+    def mean_difference() -> float:
+        with torch.no_grad(), autocast():
+            return float(torch.stack([_difference(encoder, batch) for batch in batches]).mean())
+
+    with autocast():
         batches = _batches(encoder, _choose(rows, chance), context, n_mels, batch_size)
-        with torch.no_grad():
-            before = _mean_difference(encoder, batches)
-        optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / steps)
-        )
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        order: list[_Batch] = []
-        for _step in range(steps):
-            order = order or chance.sample(batches, len(batches))
+    before = mean_difference()
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / steps)
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    order: list[_Batch] = []
+    for _step in range(steps):
+        order = order or chance.sample(batches, len(batches))
+        with autocast():
             loss = _difference(encoder, order.pop())
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            on_step()
-        with torch.no_grad():
-            after = _mean_difference(encoder, batches)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        on_step()
+    after = mean_difference()
     model.zero_grad()
     model.train(mode)
     return Difference(before, after)
@@ -139,7 +144,3 @@ def _difference(encoder: Any, batch: _Batch) -> torch.Tensor:
     target = batch.target.float()
     hidden = encoder(batch.features).last_hidden_state.float()
     return torch.nn.functional.mse_loss(hidden, target) / target.var()
-
-
-def _mean_difference(encoder: Any, batches: Sequence[_Batch]) -> float:
-    return float(torch.stack([_difference(encoder, batch) for batch in batches]).mean())
