@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -71,3 +72,10 @@ def test_startup_ends_in_seconds(tmp_path: Path) -> None:
     lines, result = run("startup.py", "--runs", 1, out=tmp_path / "r.json")
     assert re.fullmatch(r"seconds \d+\.\d\d", lines[-1])
     assert "resonance train --help" in result["commands"]
+
+
+def test_the_memory_of_a_gpu_is_not_made_up_where_there_is_none(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "memory_plan.py"), "--out", str(tmp_path / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1 and "no CUDA GPU" in done.stderr
+    assert not (tmp_path / "r.json").exists()

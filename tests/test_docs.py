@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -132,12 +133,23 @@ def test_the_settings_file_that_is_shown_can_be_read(tmp_path: Path) -> None:
     assert load_yaml(TrainConfig, tmp_path / "anna.yaml").max_steps == 300
 
 
-def test_the_reference_is_what_the_program_says() -> None:
-    spec = importlib.util.spec_from_file_location("generate_reference", ROOT / "docs" / "generate_reference.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_program_says() -> None:
+    generator = script("generate_reference")
     assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: python docs/generate_reference.py"
+
+
+def test_the_plots_show_what_the_model_of_the_bytes_says() -> None:
+    plots = script("draw_memory")
+    for name, text in plots.pages().items():
+        assert (plots.FOLDER / name).read_text(encoding="utf-8") == text, "run: python docs/draw_memory.py"
 
 
 def test_no_page_names_a_place_on_somebodys_machine() -> None:
