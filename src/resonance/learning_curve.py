@@ -19,6 +19,7 @@ from resonance.evaluate.curve import Point, write_curve
 from resonance.evaluate.evaluation import evaluate
 from resonance.finetune import finetune
 from resonance.messages import _
+from resonance.plan.command import planned
 from resonance.train.rows import read_rows
 from resonance.transcribe.recognizer import DecodeSettings
 
@@ -29,6 +30,8 @@ def learning_curve(config: CurveConfig, console: Console) -> tuple[list[Point], 
     The recordings of a smaller training are part of every larger one, in a random order. A curve that was stopped goes on
     where it stopped when the same command is given again.
     """
+    if config.auto:  # once, for all sizes
+        config = planned(config, console)
     rows = read_rows(config, console)
     if not rows.held_out:
         raise ConfigError([_("A curve needs recordings to measure on. Give --validation_file or --validation_split.")])

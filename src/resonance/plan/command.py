@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -26,6 +26,7 @@ from resonance.plan.settings import Reasoned, settings_of
 from resonance.plan.show import plan_json, print_plan
 from resonance.units import GIBIBYTE
 
+Config = TypeVar("Config", bound=TrainConfig)
 OUTLIER = 1.5  # times the usual longest, from which a recording is worth a note
 HELD_BY_OTHERS = 0.15  # of a GPU's memory
 
@@ -52,7 +53,7 @@ def run(config: PlanConfig, console: Console) -> int:
     return 0
 
 
-def planned(config: TrainConfig, console: Console) -> TrainConfig:
+def planned(config: Config, console: Console) -> Config:
     """`config` with what it leaves open chosen for this machine. Raises ConfigError where nothing fits."""
     plan = make_plan(config, devices.find(), console)
     chosen = settings_of(plan, config)
@@ -60,7 +61,7 @@ def planned(config: TrainConfig, console: Console) -> TrainConfig:
     if not plan.fits:
         raise ConfigError([nothing_fits(plan, config, ())])
     values = {name: value for name, (value, _reason) in chosen.items()}
-    return TrainConfig.model_validate(config.model_dump(include=config.model_fields_set) | values | {"auto": False})
+    return type(config).model_validate(config.model_dump(include=config.model_fields_set) | values | {"auto": False})
 
 
 def make_plan(config: TrainConfig, device: devices.Device, console: Console) -> Plan:

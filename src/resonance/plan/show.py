@@ -36,7 +36,7 @@ def print_plan(
     settings = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     settings.add_column(_("setting"), no_wrap=True)
     settings.add_column(_("value"), no_wrap=True)
-    settings.add_column(_("because"))
+    settings.add_column(_("because"), overflow="fold")  # Chinese has no spaces to break at
     for name, (value, reason) in chosen.items():
         settings.add_row(name, shown(value), reason)
     console.print(settings)
@@ -133,7 +133,7 @@ def sizes_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column(_("model"), no_wrap=True)
     for heading, _changes in methods():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, needed in sizes(plan).items():
         table.add_row(name, *(Text(f"{size / GIBIBYTE:.1f}" + ("*" if size > plan.room else " ")) for size in needed))
     return table
