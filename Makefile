@@ -35,7 +35,8 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/python -m pytest
+	@# Files side by side; four at most, because each takes a gigabyte or so.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 format: setup
 	$(BIN)/ruff check --fix .

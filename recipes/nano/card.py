@@ -50,7 +50,7 @@ Mandarin, transcribing and times. It answers silence and noise with no text.
 ## What it was trained on
 
 Speech of eSpeak NG ({voices} voice variants, 8 accents of English, Mandarin; rate, pitch, range and size of the voice at random)
-over phrases of a grammar, with made-up rooms, noise of 5-40 dB, levels and bands, about {clips_trained} clips. Phrases are in lower case, without punctuation. No recording
+over phrases of a grammar, with made-up rooms, noise of 5-40 dB, levels and bands, about {clips_trained} clips ({minutes} minutes on two processor cores). Phrases are in lower case, without punctuation. No recording
 of a person and no other model was used. The recipe is `recipes/nano/`. eSpeak NG (GPL 3) is a tool of the recipe; no part of it is
 in the weights' files.
 
@@ -68,7 +68,7 @@ Silence and noise: no text in {silent} of {silences} clips. Language found witho
 ## Limits
 
 Synthetic voices only; words outside the grammar come out as words inside it; it learnt
-from one phrase at a time, rarely two, and from nothing longer than about 12 s. An hour on two busy cores is little for so many words. Scores on synthetic speech say nothing about people.
+from one phrase at a time, rarely two, and from nothing longer than about 12 s. Scores on synthetic speech say nothing about people.
 
 ## Licence
 
@@ -131,8 +131,9 @@ def main() -> None:
     parser.add_argument(
         "--clips", default="many", help="how many clips it was trained on, as the log of the training says"
     )
+    parser.add_argument("--minutes", default="many", help="how long that took")
     given = parser.parse_args()
-    text = CARD.format(**measure(given.folder), clips_trained=given.clips)
+    text = CARD.format(**measure(given.folder), clips_trained=given.clips, minutes=given.minutes)
     (given.folder / "README.md").write_text(text, encoding="utf-8")
 
 
