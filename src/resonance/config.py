@@ -129,7 +129,7 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format of the computation. auto takes the 16-bit format that the GPU is good at, and fp32 on a CPU."""
     gradient_checkpointing: bool = False
-    """Compute parts twice instead of keeping them: less memory, about a fifth slower."""
+    """Compute parts twice instead of keeping them: less memory, about a third slower."""
 
     audio_context: AudioContext = "auto"
     """How much audio the model looks at: as long as the recordings are (auto), always 30 seconds (full), or so many
@@ -253,6 +253,11 @@ class TrainConfig(BaseModel):
         if problems:
             raise disagreement(problems)
         return kept
+
+    @property
+    def steps_are_settled(self) -> bool:
+        """False where a plan is still to choose how many updates are made."""
+        return not self.auto or "max_steps" in self.model_fields_set
 
     @property
     def whole_window(self) -> bool:

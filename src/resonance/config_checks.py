@@ -60,7 +60,7 @@ def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Pro
         )
     yield from _context_problems(c)
     yield from _evaluation_problems(c)
-    if c.max_steps is not None and c.warmup_steps >= c.max_steps:
+    if c.steps_are_settled and c.max_steps is not None and c.warmup_steps >= c.max_steps:
         yield (
             ("warmup_steps", "max_steps", "num_train_epochs"),
             _(
@@ -153,7 +153,7 @@ def _evaluation_problems(c: TrainConfig) -> Iterator[Problem]:
                 "Give validation_file or a validation_split above 0."
             ).format(strategy=c.eval_strategy),
         )
-    if c.eval_strategy == "steps" and c.max_steps is not None and c.eval_steps > c.max_steps:
+    if c.steps_are_settled and c.eval_strategy == "steps" and c.max_steps is not None and c.eval_steps > c.max_steps:
         yield (
             ("eval_steps", "max_steps", "num_train_epochs"),
             _(

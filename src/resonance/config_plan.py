@@ -40,6 +40,10 @@ class PlanConfig(TrainConfig):
     write: AnyPath | None = None
     """Write the settings to this YAML file, which `resonance train --config` takes."""
 
+    @property
+    def steps_are_settled(self) -> bool:
+        return "max_steps" in self.model_fields_set
+
     @model_validator(mode="after")
     def _agree(self) -> PlanConfig:
         problems: list[Problem] = list(train_problems(self, needs_source=self.hours is None))
@@ -50,6 +54,10 @@ class PlanConfig(TrainConfig):
                     _("hours is for a plan without recordings, but train_file names some. Keep one."),
                 )
             )
+        if self.hours is not None and self.clip_seconds > self.max_audio_len:
+            text = _("clip_seconds {seconds:g} is more than max_audio_len {longest:g}: no recording would be left.")
+            names = ("clip_seconds", "max_audio_len")
+            problems.append((names, text.format(seconds=self.clip_seconds, longest=self.max_audio_len)))
         if problems:
             raise disagreement(problems)
         return self

@@ -30,7 +30,7 @@ def demo(output_dir: Path, run_command: Callable[[list[str]], int], console: Con
     plan = output_dir / "plan.yaml"
     steps = [
         (_("Check the recordings"), ["data", "check", str(recordings / "labels.json"), "--model_name_or_path", MODEL]),
-        (_("Plan: settings, memory, time"), plan_command(recordings, plan, begun=run.exists())),
+        (_("Plan: settings, memory, time"), plan_command(recordings, plan, begun=has_begun(run))),
         (_("Train on 60 of them"), train_command(plan, run)),
         (
             _("Measure on the others, before and after"),
@@ -60,8 +60,12 @@ def plan_command(recordings: Path, plan: Path, *, begun: bool) -> list[str]:
     ]
 
 
+def has_begun(run: Path) -> bool:
+    return (run / "config.yaml").is_file()
+
+
 def train_command(plan: Path, run: Path) -> list[str]:
-    if run.exists():
+    if has_begun(run):
         return ["train", "--output_dir", str(run), "--resume"]
     return ["train", "--config", str(plan), "--output_dir", str(run)]
 

@@ -20,12 +20,12 @@ from resonance.model.load import Whisper, choose_device, quiet_libraries
 from resonance.model.precision import training_precision
 from resonance.model.sizes import WhisperShape, shape_from_config
 from resonance.plan.command import planned
-from resonance.plan.learn import learn
+from resonance.plan_learning import learn
 from resonance.progress_bar import progress_bar
 from resonance.train import alignment, build, ladder, progress, resume
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
-from resonance.train.trainer import WhisperTrainer, peak_memory
+from resonance.train.trainer import WhisperTrainer
 
 
 def finetune(config: TrainConfig, console: Console) -> Path:
@@ -34,15 +34,18 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     Everything that can be wrong with settings, recordings and transcripts is found before training starts, and nothing
     that another run left behind is overwritten.
     """
-    if config.auto:
+    if config.auto and not runs.RunFolder(config.output_dir).config.is_file():  # a run that has begun has its plan
         config = planned(config, console)
     with runs.claim(config.output_dir, resume=config.resume) as run:
+        config = ladder.resumed(config, run)
         resume.check_settings(config, run)
         if run.result and resume.nothing_left(config, run):
             console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
             return run.result
         rows = read_rows(config, console)
         resume.check_rows(rows, run)
+        if not run.latest_checkpoint():
+            run.events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
         steps_down = ladder.Ladder(run, console)
         while True:
             try:
@@ -61,7 +64,8 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
     language = config.language or guess_language([*rows.train, *rows.held_out])
     # Rows may name their own; None means several, which are told apart when transcribing.
     only = single_language([*rows.train, *rows.held_out], language)
-    whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
+    with ladder.loading(config.model_name_or_path):
+        whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
     tokenizer = LabelTokenizer(
         whisper.tokenizer,
         whisper.multilingual,
@@ -86,8 +90,7 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
         with ladder.watching(shape):
             align(config, rows, whisper, model, context, run.events, console)
     train(trainer, run, shape, console)
-    on = trainer.args.device
-    learn(config, rows, shape, trainer.state.log_history, on.type, peak_memory(on))
+    learn(config, rows, shape, trainer, run)
 
     info = describe(config, rows, whisper, trainer, only)
     name = "adapter" if info.kind == "lora" else "model"
@@ -157,7 +160,6 @@ def align(
         )
     set_seed(config.seed)
     row = {"step": 0, "context_difference_before": difference.before, "context_difference": difference.after}
-    events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
     progress.append_event(events, row)
     console.print(
         _(

@@ -54,6 +54,7 @@ def test_trainings_of_another_kind_or_machine_correct_nothing() -> None:
     calibration.remember(past(2.0, 2.0, device="another"))
     calibration.remember(past(2.0, 2.0, finetuning="full"))
     calibration.remember(past(2.0, 2.0, quantization="8bit"))
+    calibration.remember(replace(past(2.0, 2.0), d_model=64))
     assert plan(here()).needed == before.needed
     calibration.remember(past(2.0, 2.0))
     assert plan(replace(here(), here=False)).needed == before.needed  # a card that is only planned for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def test_the_plan_is_what_train_takes(
     labels, file = recordings(12), tmp_path / "计划" / "plan.yaml"
     given = ["--train_file", str(labels), "--model_name_or_path", str(tiny_model), "--max_steps=2", "--lora_r=8"]
     assert run(["plan", *given, "--logging_steps=1", "--write", str(file)]) == 0
-    assert f"resonance train --config {file}" in capsys.readouterr().out.replace("\n", "")
+    command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert command == ["resonance", "train", "--config", str(file), "--output_dir", "run"]
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert values["lora_r"] == 8 and values["per_device_train_batch_size"] == 8
     assert "write" not in values and "output_dir" not in values
@@ -57,6 +59,25 @@ def test_auto_chooses_what_is_left_open_and_keeps_the_rest(
     settings = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     assert settings["per_device_train_batch_size"] == 4  # of six recordings
     assert settings["max_steps"] == 1 and settings["auto"] is False
+
+
+def test_auto_leaves_a_run_that_has_begun_as_it_is(
+    recordings: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    given = ["--train_file", str(recordings(6)), "--model_name_or_path", str(tiny_model), "--output_dir", str(out)]
+    fast = ["--dataloader_num_workers=0", "--context_alignment_steps=0", "--validation_split=0"]
+    assert run(["train", "--auto", *given, *fast, "--max_steps=1"]) == 0
+    capsys.readouterr()
+    assert run(["train", "--auto", "--output_dir", str(out), "--resume", "--max_steps=2"]) == 0
+    assert "Predicted time" not in capsys.readouterr().out
+
+
+def test_settings_that_would_disagree_are_not_planned(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    assert run(["plan", "--hours=5", "--gpu_memory=8GB", "--save_steps=100", "--write", str(file)]) == 0
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert values["save_steps"] % values["eval_steps"] == 0
 
 
 def test_programs_get_one_json_object_on_stdout(
@@ -111,6 +132,8 @@ def test_a_long_recording_among_short_ones_is_named(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--hours=1", "--model_name_or_path=模型/whisper"], "its size is not known"),
+        (["--hours=1", "--clip_seconds=20", "--max_audio_len=10"], "no recording would be left"),
         (["--hours=1", "--train_file=labels.json"], "Keep one"),
         (["--hours=1", "--gpu_memory=lots"], "--gpu_memory is 'lots'"),
         (["--hours=1", "--gpu=RTX 9090"], "RTX 4090"),

@@ -233,6 +233,32 @@ def test_rungs_keep_the_effective_batch_and_end_with_shorter_audio() -> None:
     assert list(below(rungs[-1], may_quantize=False)) == []
 
 
+def test_eight_bits_are_left_out_of_every_rung_where_they_take_more() -> None:
+    def takes(rung: Rung) -> int:
+        return 100 * rung.per_device_train_batch_size * (2 if rung.quantization == "8bit" else 1)
+
+    rungs = list(below(Rung("none", 8, 1, False, 30.0), may_quantize=True, takes=takes))
+    assert rungs and all(rung.quantization == "none" for rung in rungs)
+
+
+def test_audio_is_not_shortened_where_few_recordings_would_be_left(run: Callable[..., Path], tmp_path: Path) -> None:
+    """All recordings are about as long: a shorter limit would leave none."""
+    with Memory(1000).installed(), pytest.raises(OutOfMemoryError):
+        run("nothing", per_device_train_batch_size=1, gradient_checkpointing=True)
+    assert not (tmp_path / "nothing" / "events.jsonl").exists()  # no rung was taken
+
+
+def test_a_run_that_came_down_goes_on_there_also_when_the_first_command_is_repeated(
+    run: Callable[..., Path], whole: tuple[Path, int]
+) -> None:
+    _unbroken, most = whole
+    with Memory(0.6 * most).installed():
+        small = run("small", max_steps=2)
+        run("small", max_steps=4, resume=True)  # with per_device_train_batch_size 8, as at first
+    assert len(full_events(small)) == 1
+    assert sorted(losses(small)) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 12, 100])
 def test_any_batch_can_be_divided(batch: int) -> None:
     rungs = list(below(Rung("none", batch, 3, True, 5.0), may_quantize=False))

@@ -6,7 +6,7 @@ gradient checkpointing, last shorter audio. A smaller model is the user's decisi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,11 +62,16 @@ def job_for(
     )
 
 
-def below(rung: Rung, *, may_quantize: bool) -> Iterator[Rung]:
-    """The rungs below this one, each with all that those before it changed."""
+def below(rung: Rung, *, may_quantize: bool, takes: Callable[[Rung], int] = lambda rung: 0) -> Iterator[Rung]:
+    """The rungs below this one, each with all that those before it changed.
+
+    With `takes`, the bytes of a rung, only what takes fewer bytes: 8-bit weights often take more, in activations.
+    """
     if may_quantize and rung.quantization == "none":
-        rung = replace(rung, quantization="8bit")
-        yield rung
+        eight = replace(rung, quantization="8bit")
+        if takes(eight) < takes(rung) or takes(eight) == 0:
+            rung = eight
+            yield rung
     for batch in smaller_batches(rung.per_device_train_batch_size):
         times = rung.effective_batch // batch
         rung = replace(rung, per_device_train_batch_size=batch, gradient_accumulation_steps=times)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from resonance.units import MAX_LABEL_TOKENS, WINDOW_POSITIONS
 
+USUAL = ("large-v3", "medium", "small", "base", "tiny")  # what people choose from, the largest first
 CONV_KERNEL = 3  # frames that each of the encoder's two convolutions sees at once
 
 

@@ -1,6 +1,6 @@
 """What earlier trainings on this machine took, beside what had been predicted: `plan.calibration.json`.
 
-A plan multiplies its memory and its time by the medians found there for the same device, method and weights.
+A plan multiplies its memory and its time by the medians found there for the same device, method, weights and size of model: what is fixed weighs more in a small one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def factors_for(device: Device, job: TrainingJob) -> Factors:
     same = [
         past
         for past in read()
-        if (past.device, past.finetuning, past.quantization) == (device.name, job.finetuning, job.quantization)
+        if (past.device, past.finetuning, past.quantization, past.d_model)
+        == (device.name, job.finetuning, job.quantization, job.shape.d_model)
     ][-USED:]
     if not same:
         return Factors()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,6 @@ from resonance.plan.recordings import Recordings
 from resonance.plan.timing import SAVE_SECONDS, START_SECONDS, Duration, evaluation_seconds, step_seconds
 from resonance.units import MEBIBYTE
 
-CANDIDATES = ("large-v3", "medium", "small", "base", "tiny")  # the largest first
 # LoRA's trained weights for one token of the labels. It is where people put the borders of 10 and 50 hours: 40 gives small
 # up to 10 hours of speech (q_proj and v_proj, rank 16, 3 tokens a second), then medium, large-v3 from 17 hours on.
 WEIGHTS_A_TOKEN = 40
@@ -86,7 +86,7 @@ def best_plan(config: TrainConfig, shapes: dict[str, WhisperShape], device: Devi
             plans = [plan for plan in plans_for(name, shapes[name], config, device, recordings, shorten) if plan.fits]
             if not plans:
                 continue
-            plan = min(plans, key=lambda plan: (plan.duration.total, plan.needed))
+            plan = min(plans, key=lambda plan: (-plan.rung.effective_batch, plan.duration.total, plan.needed))
             too_long = device.kind == "cpu" and plan.duration.total > HOST_SECONDS_LIMIT
             if not (too_long and name != last):
                 return plan
@@ -119,15 +119,16 @@ def open_rungs(config: TrainConfig, recordings: Recordings, device: Device, shor
     quantizations = [config.quantization]
     if "quantization" not in given and config.finetuning == "lora" and can_quantize(device):
         quantizations += ["8bit", "4bit"]
-    batches = [(config.per_device_train_batch_size, config.gradient_accumulation_steps)]
-    if "per_device_train_batch_size" not in given:
-        total = EFFECTIVE_BATCH if recordings.hours < LARGE_HOURS else LARGE_EFFECTIVE_BATCH
-        total = min(total, 1 << (max(recordings.clips, 1).bit_length() - 1))
-        if "gradient_accumulation_steps" in given:
-            total = max(total, config.gradient_accumulation_steps)
+    total = EFFECTIVE_BATCH if recordings.hours < LARGE_HOURS else LARGE_EFFECTIVE_BATCH
+    total = min(total, 1 << (max(recordings.clips, 1).bit_length() - 1))
+    batch, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if "per_device_train_batch_size" in given:
+        batches = [(batch, times if "gradient_accumulation_steps" in given else -(-total // batch))]
+    elif "gradient_accumulation_steps" in given:
+        first = max(1, total // times)
+        batches = [(size, times) for size in (first, *smaller_batches(first))]
+    else:
         batches = [(size, total // size) for size in (total, *smaller_batches(total))]
-        if "gradient_accumulation_steps" in given:
-            batches = [b for b in batches if b[1] == config.gradient_accumulation_steps] or batches[-1:]
     checkpointing = [config.gradient_checkpointing]
     if "gradient_checkpointing" not in given:
         checkpointing = [False, True]
@@ -154,8 +155,11 @@ def plan_for(
 ) -> Plan:
     context = AudioContext(config.audio_context, config.audio_margin, shape.max_source_positions)
     precision = device.precision if config.precision == "auto" else config.precision
+    if precision == "fp16" and device.kind != "cuda":  # as training does
+        precision = "fp32"
     evaluates = config.eval_strategy != "no" and recordings.held_out > 0
     job = job_for(config, shape, rung, precision, recordings.longest_label)
+    past = calibration.factors_for(device, job)
     eval_batch = config.per_device_eval_batch_size
     memory = predict(job)
     if evaluates:
@@ -163,9 +167,8 @@ def plan_for(
         for eval_batch in sizes:
             job = replace(job, per_device_eval_batch_size=eval_batch)
             memory = predict(job)
-            if needed_bytes(memory, device) <= room_on(device):
+            if needed_bytes(memory, device) * past.memory <= room_on(device):
                 break
-    past = calibration.factors_for(device, job)
     steps = step_count(config, recordings, rung.effective_batch)
     return Plan(
         name,
@@ -193,13 +196,19 @@ def step_count(config: TrainConfig, recordings: Recordings, effective_batch: int
     if config.num_train_epochs is not None:
         return max(1, round(config.num_train_epochs * -(-recordings.clips // effective_batch)))
     few = 300 if recordings.clips < 50 else 500 if recordings.clips < 150 else 800
-    return min(MOST_STEPS, max(few, PASSES * recordings.clips // effective_batch))
+    steps = min(MOST_STEPS, max(few, PASSES * recordings.clips // effective_batch))
+    given = config.model_fields_set
+    # What was given has to find room in them.
+    least = [2 * math.ceil(config.warmup_steps)] if "warmup_steps" in given and config.warmup_steps >= 1 else []
+    return max(steps, *least, config.eval_steps if "eval_steps" in given else 1)
 
 
 def eval_steps(config: TrainConfig, steps: int) -> int:
     """As given; else every 100 updates, less often where that would be more than MEASUREMENTS times."""
     if "eval_steps" in config.model_fields_set:
         return min(config.eval_steps, steps)
+    if config.save_steps is not None:  # the best checkpoint has to be one that is saved
+        return min(config.save_steps, steps)
     return min(steps, max(100, -(-steps // MEASUREMENTS)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from resonance.config import TrainConfig
+from resonance.config_io import from_mapping
 from resonance.config_plan import PlanConfig
 from resonance.config_types import memory_bytes
 from resonance.config_yaml import write_yaml
 from resonance.errors import ConfigError, DataError, ModelError
 from resonance.messages import _
 from resonance.model.builtin import folder_of
-from resonance.model.sizes import PUBLISHED, WhisperShape, published_shape, shape_from_config
+from resonance.model.sizes import PUBLISHED, USUAL, WhisperShape, published_shape, shape_from_config
 from resonance.plan import calibration, devices
-from resonance.plan.choose import CANDIDATES, Plan, best_plan, can_quantize
+from resonance.plan.choose import Plan, best_plan, can_quantize, plan_for
 from resonance.plan.prices import Price, read_prices
 from resonance.plan.recordings import made_up, measure
 from resonance.plan.settings import Reasoned, settings_of
@@ -32,8 +35,9 @@ HELD_BY_OTHERS = 0.15  # of a GPU's memory
 
 
 def run(config: PlanConfig, console: Console) -> int:
-    """Show the plan; write it where asked for. Returns 1 where nothing fits, after saying what would."""
-    device = devices.choose(config.gpu, memory_bytes(config.gpu_memory) if config.gpu_memory else None)
+    """Show the plan; write it where asked for. Raises ConfigError where nothing fits, with what would."""
+    memory = memory_bytes(config.gpu_memory) if config.gpu_memory else None
+    device = devices.choose(config.gpu, memory) if config.gpu or memory else device_of(config)
     to_screen = Console(stderr=True, markup=False, highlight=False) if config.print_json else console
     plan = make_plan(config, device, to_screen)
     chosen, notes = settings_of(plan, config), notes_on(plan, config)
@@ -47,21 +51,34 @@ def run(config: PlanConfig, console: Console) -> int:
         raise ConfigError([nothing_fits(plan, config, costs)])
     if config.write:
         write(chosen, config)
-        to_screen.print(
-            _("Written: {path}. Train with: resonance train --config {path}").format(path=config.write), soft_wrap=True
-        )
+        to_screen.print(_("Written: {path}. To train with it:").format(path=config.write), soft_wrap=True)
+        to_screen.print(f"  {train_command(config)}", soft_wrap=True)
     return 0
+
+
+def train_command(config: PlanConfig) -> str:
+    """What to type to train as planned."""
+    words = ["resonance", "train", "--config", str(config.write)]
+    if config.hours is not None:
+        words += ["--train_file", "labels.json"]
+    if "output_dir" not in config.model_fields_set:
+        words += ["--output_dir", str(config.output_dir)]
+    return shlex.join(words)
+
+
+def device_of(config: TrainConfig) -> devices.Device:
+    """Where this machine will train with these settings."""
+    return replace(devices.processor(), here=True) if config.extra.get("use_cpu") else devices.find()
 
 
 def planned(config: Config, console: Console) -> Config:
     """`config` with what it leaves open chosen for this machine. Raises ConfigError where nothing fits."""
-    plan = make_plan(config, devices.find(), console)
+    plan = make_plan(config, device_of(config), console)
     chosen = settings_of(plan, config)
     print_plan(plan, chosen, notes_on(plan, config), (), console)
     if not plan.fits:
         raise ConfigError([nothing_fits(plan, config, ())])
-    values = {name: value for name, (value, _reason) in chosen.items()}
-    return type(config).model_validate(config.model_dump(include=config.model_fields_set) | values | {"auto": False})
+    return from_mapping(type(config), settled(config, chosen) | {"auto": False}, _("plan"))
 
 
 def make_plan(config: TrainConfig, device: devices.Device, console: Console) -> Plan:
@@ -77,14 +94,14 @@ def make_plan(config: TrainConfig, device: devices.Device, console: Console) -> 
 def shapes_of(config: TrainConfig) -> tuple[dict[str, WhisperShape], Path | None]:
     """The models to choose from, largest first, and the folder of the only one where the user named it."""
     if "model_name_or_path" not in config.model_fields_set:
-        return {f"openai/whisper-{size}": PUBLISHED[size] for size in CANDIDATES}, None
+        return {f"openai/whisper-{size}": PUBLISHED[size] for size in USUAL}, None
     name = config.model_name_or_path
     folder = checkpoint_folder(name, config.cache_dir)
     if folder:
         try:
             numbers = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return {name: shape_from_config(numbers)}, folder
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 _("{path} does not describe a Whisper model ({reason}).").format(
                     path=folder / "config.json", reason=error
@@ -103,14 +120,16 @@ def shapes_of(config: TrainConfig) -> tuple[dict[str, WhisperShape], Path | None
 
 def checkpoint_folder(name: str, cache_dir: Path | None) -> Path | None:
     """Where the checkpoint's config.json lies on this machine; None where it does not."""
-    folder = Path(folder_of(name)).expanduser()
+    folder = Path(folder_of(name))
     if (folder / "config.json").is_file():
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
+    try:
+        found = try_to_load_from_cache(name.rstrip("/"), "config.json", cache_dir=cache_dir)
+    except HFValidationError:  # no name of the hub
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -130,17 +149,13 @@ def notes_on(plan: Plan, config: TrainConfig) -> list[str]:
     recordings, device = plan.recordings, plan.device
     longest = min(recordings.longest, config.max_audio_len)
     if longest > OUTLIER * recordings.usual_longest:
-        shorter = best_plan(
-            config.model_copy(update={"max_audio_len": recordings.usual_longest}),
-            {plan.model: plan.shape},
-            device,
-            recordings,
-        )
+        usual = math.ceil(10 * recordings.usual_longest) / 10
+        shorter = plan_for(plan.model, plan.shape, config, device, recordings, replace(plan.rung, max_audio_len=usual))
         notes.append(
             _(
                 "Nearly all recordings are at most {usual:.1f} s long, the longest is {longest:.1f} s and decides about the "
                 "memory: with --max_audio_len {usual:.1f} it would be {needed:.2f} GiB."
-            ).format(usual=recordings.usual_longest, longest=longest, needed=shorter.needed / GIBIBYTE)
+            ).format(usual=usual, longest=longest, needed=shorter.needed / GIBIBYTE)
         )
     if device.kind == "cuda" and device.free < (1 - HELD_BY_OTHERS) * device.memory:
         notes.append(
@@ -171,7 +186,7 @@ def nothing_fits(plan: Plan, config: TrainConfig, costs: Sequence[tuple[Price, f
     """The least that would be needed, what would fit instead, and what to rent."""
     smaller = [
         name
-        for name in CANDIDATES
+        for name in USUAL
         if PUBLISHED[name].parameters < plan.shape.parameters
         and best_plan(config, {name: PUBLISHED[name]}, plan.device, plan.recordings).fits
     ]
@@ -186,7 +201,7 @@ def nothing_fits(plan: Plan, config: TrainConfig, costs: Sequence[tuple[Price, f
     elsewhere = replace(plan.device, here=False)
     if not can_quantize(plan.device) and can_quantize(elsewhere):
         quantized = best_plan(config, {plan.model: plan.shape}, elsewhere, plan.recordings)
-        if quantized.fits:
+        if quantized.fits and quantized.job.quantization != "none":
             lines.append(
                 _('It would fit with {bits} weights: pip install "resonance-asr[quant]" and plan again.').format(
                     bits=quantized.job.quantization
@@ -204,15 +219,21 @@ def nothing_fits(plan: Plan, config: TrainConfig, costs: Sequence[tuple[Price, f
     return " ".join(lines)
 
 
-def write(chosen: Mapping[str, Reasoned], config: PlanConfig) -> None:
-    """What the user gave and what was chosen, as a file for --config. Raises DataError where it cannot be written."""
-    assert config.write is not None
+def settled(config: TrainConfig, chosen: Mapping[str, Reasoned]) -> dict[str, Any]:
+    """What the user gave for training and what was chosen."""
     own = PlanConfig.model_fields.keys() - TrainConfig.model_fields.keys()
     given: dict[str, Any] = config.model_dump(mode="json", include=config.model_fields_set - own)
-    extra = given.pop("extra", {})
-    values = {name: value for name, (value, _reason) in chosen.items()}
+    extra: dict[str, Any] = given.pop("extra", {})
+    return given | extra | {name: value for name, (value, _reason) in chosen.items()}
+
+
+def write(chosen: Mapping[str, Reasoned], config: PlanConfig) -> None:
+    """The settings as a file for --config. Raises ConfigError where they disagree, DataError where it cannot be written."""
+    assert config.write is not None
+    values = settled(config, chosen)
+    from_mapping(TrainConfig, {"train_file": "labels.json", "output_dir": "run"} | values, _("plan"))
     try:
-        write_yaml(given | extra | values, config.write)
+        write_yaml(values, config.write)
     except OSError as error:
         raise DataError(
             _("{path}: cannot be written ({reason}). Choose another folder or free some space.").format(

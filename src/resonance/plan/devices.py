@@ -100,8 +100,13 @@ def named(text: str) -> Device:
     # The longest name first: "RTX 3060 Ti" holds "RTX 3060".
     for card in sorted(CARDS, key=lambda card: -len(card.name)):
         words = "[ _-]*".join(re.findall(r"[a-z]+|[0-9]+", card.name.lower().removeprefix("rtx ")))
-        if re.search(rf"(?<![a-z0-9])(rtx)?{words}(?![a-z0-9])", text.lower()):
-            return card
+        # A Ti, a SUPER or a laptop's card of the same number is another card.
+        if re.search(
+            rf"(?<![a-z0-9])(rtx)?{words}(?![a-z0-9])(?![ _-]*(ti|super|laptop|mobile|max-q)\b)", text.lower()
+        ):
+            stated = re.search(r"(\d+) ?gb", text.lower())
+            memory = int(stated[1]) * GIBIBYTE if stated else card.memory
+            return replace(card, memory=memory, free=memory)
     near = difflib.get_close_matches(text.upper(), [card.name for card in CARDS], 3, 0.4)
     raise ConfigError(
         [

@@ -30,7 +30,7 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
             plan.model,
             _("the largest that fits and that {hours:.1f} hours of speech can teach").format(hours=recordings.hours),
         ),
-        choice("finetuning", config.finetuning, _("learns a voice from few recordings; a few MB")),
+        choice("finetuning", config.finetuning, _("trains a small addition to the model; the result has a few MB")),
         choice(
             "precision",
             plan.job.precision,
@@ -53,14 +53,12 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         choice(
             "gradient_accumulation_steps",
             rung.gradient_accumulation_steps,
-            _("makes an effective batch of {batch}; {low} to {high} works well").format(
-                batch=rung.effective_batch, low=GOOD_EFFECTIVE_BATCH[0], high=GOOD_EFFECTIVE_BATCH[-1]
-            ),
+            batch_reason(rung.effective_batch),
         ),
         choice(
             "gradient_checkpointing",
             rung.gradient_checkpointing,
-            _("saves memory, costs about a third of the time") if rung.gradient_checkpointing else _("not needed"),
+            _("saves memory, takes about a third longer") if rung.gradient_checkpointing else _("not needed"),
         ),
         choice("audio_context", config.audio_context, context_reason(plan)),
         choice(
@@ -90,6 +88,14 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         reason = _("longer ones do not fit: {count} of {total} recordings are left out")
         chosen.append(choice("max_audio_len", rung.max_audio_len, reason.format(count=left, total=recordings.clips)))
     return dict(chosen)
+
+
+def batch_reason(batch: int) -> str:
+    if batch not in GOOD_EFFECTIVE_BATCH:
+        return _("makes an effective batch of {batch}").format(batch=batch)
+    return _("makes an effective batch of {batch}; {low} to {high} works well").format(
+        batch=batch, low=GOOD_EFFECTIVE_BATCH[0], high=GOOD_EFFECTIVE_BATCH[-1]
+    )
 
 
 def context_reason(plan: Plan) -> str:

@@ -14,8 +14,8 @@ from rich.text import Text
 from resonance.messages import _
 from resonance.model.job import TrainingJob
 from resonance.model.memory import predict
-from resonance.model.sizes import PUBLISHED
-from resonance.plan.choose import CANDIDATES, Plan, needed_bytes
+from resonance.model.sizes import PUBLISHED, USUAL
+from resonance.plan.choose import Plan, needed_bytes
 from resonance.plan.prices import Price
 from resonance.plan.settings import Reasoned
 from resonance.units import GIBIBYTE
@@ -157,7 +157,7 @@ def methods() -> list[tuple[str, dict[str, Any]]]:
 def sizes(plan: Plan) -> dict[str, list[int]]:
     """Bytes needed by size and method, at the plan's audio context and labels."""
     found = {}
-    for name in reversed(CANDIDATES):
+    for name in reversed(USUAL):
         jobs: list[TrainingJob] = [
             replace(plan.job, shape=PUBLISHED[name], **changes) for _heading, changes in methods()
         ]

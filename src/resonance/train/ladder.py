@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import random
 import traceback
 from collections.abc import Iterator
@@ -22,20 +23,36 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from resonance.config import TrainConfig
+from resonance.data.textfile import write_text_atomic
 from resonance.errors import OutOfMemoryError
 from resonance.messages import _
 from resonance.model.memory import predict
 from resonance.model.precision import training_precision
 from resonance.model.rungs import Rung, below, job_for
 from resonance.model.runs import RunFolder
-from resonance.model.sizes import PUBLISHED, WhisperShape
+from resonance.model.sizes import PUBLISHED, USUAL, WhisperShape
 from resonance.train import progress, resume
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
 from resonance.units import GIBIBYTE
 
 Phase = Literal["training", "evaluation"]
-CPU_ALLOCATOR, APPLE = "DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory"
+# What torch says where it has no type for it: on a processor (Linux, Windows), on Apple's GPUs, and where the driver or
+# cuBLAS asks for memory that another program has taken.
+FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+SMALLER = 0.8  # of the memory: a model that takes more than that is no way out
+FITTED_FILE = "fitted.json"  # in a run folder: the settings that the ladder came to
+CHANGED = (
+    *("quantization", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("max_audio_len", "per_device_eval_batch_size"),
+)
+LEFT_OUT = 0.1  # share of the recordings that shorter audio may cost
 
 
 class MemoryFull(Exception):  # noqa: N818 - control flow: it is answered by the next rung
@@ -48,10 +65,10 @@ class MemoryFull(Exception):  # noqa: N818 - control flow: it is answered by the
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Whether `error` says that the device has no memory left. On a processor and on Apple's GPUs torch has no type for it."""
+    """Whether `error` says that the device has no memory left."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in (CPU_ALLOCATOR, APPLE))
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
 
 
 def release() -> None:
@@ -59,6 +76,9 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +104,20 @@ class RandomState:
 
 
 class StepStart(TrainerCallback):  # type: ignore[misc]
-    """Remembers the random state in which the step under way began."""
+    """Remembers the random state in which the step under way began, and whether its update has."""
 
     def __init__(self) -> None:
         self.state: RandomState | None = None
+        self.updating = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.state = RandomState.now()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.updating = True
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.updating = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.state = None
@@ -126,12 +153,30 @@ def watching(
         return
     trainer.model.zero_grad(set_to_none=True)
     release()
+    if start and start.updating:  # some optimisers change tensor by tensor: back to the last checkpoint
+        raise full
     if start and start.state:
         start.state.restore()
     saved = trainer.save_now()
     if full.phase == "evaluation":
         (saved / resume.UNMEASURED_FILE).touch()
     raise full
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Say what to do where not even the weights find room. No rung helps against that."""
+    try:
+        yield
+    except Exception as error:
+        if not is_memory_full(error):
+            raise
+        raise OutOfMemoryError(
+            _(
+                "There is too little free memory for the weights of {name}. `nvidia-smi` shows what other programs hold; "
+                "else take a smaller model, or --use_4bit."
+            ).format(name=name)
+        ) from error
 
 
 class Ladder:
@@ -148,16 +193,28 @@ class Ladder:
         self.tried.append(shown(config, full.phase))
         if changes is None:
             raise OutOfMemoryError(self._nothing_left(config, rows, full))
+        text = _("Out of memory at step {step}. Going on with {changes}: the same recordings, nothing lost.")
+        left_out = 0
+        if "max_audio_len" in changes:
+            text = _(
+                "Out of memory at step {step}. Going on with {changes}: {count} of {total} recordings are left out."
+            )
+            left_out = len(rows.train) - len(rows.up_to(changes["max_audio_len"]).train)
         self.console.print(
-            _("Out of memory at step {step}. Going on with {changes}: the same recordings, nothing lost.").format(
-                step=full.step, changes=", ".join(f"{name} {value}" for name, value in changes.items())
+            text.format(
+                step=full.step,
+                changes=", ".join(f"{name} {value}" for name, value in changes.items()),
+                count=left_out,
+                total=len(rows.train),
             ),
             style="yellow",
             soft_wrap=True,
         )
         progress.append_event(self.run.events, {"step": full.step, "out_of_memory": full.phase, **changes})
-        # Validated as a whole: the rest of the settings has been already.
-        return config.model_copy(update={**changes, "resume": True})
+        config = config.model_copy(update={**changes, "resume": True})
+        fitted = {name: getattr(config, name) for name in CHANGED}
+        write_text_atomic(self.run.path / FITTED_FILE, [json.dumps(fitted, indent=1)])
+        return config
 
     def report(self, config: TrainConfig) -> None:
         """Which settings fitted, so that the next training begins with them."""
@@ -173,28 +230,46 @@ class Ladder:
                 yield {"per_device_eval_batch_size": config.per_device_eval_batch_size // 2}
             return
         now = rung_of(config, rows)
-        before = training_bytes(config, rows, full.shape, now)
-        for rung in below(now, may_quantize=config.finetuning == "lora" and can_quantize()):
-            if training_bytes(config, rows, full.shape, rung) < before:
+
+        def takes(rung: Rung) -> int:
+            return training_bytes(config, rows, full.shape, rung)
+
+        for rung in below(now, may_quantize=config.finetuning == "lora" and can_quantize(), takes=takes):
+            kept = len(rows.up_to(rung.max_audio_len).train)
+            if takes(rung) < takes(now) and kept >= (1 - LEFT_OUT) * len(rows.train):
                 yield differences(now, rung)
 
     def _nothing_left(self, config: TrainConfig, rows: Rows, full: MemoryFull) -> str:
         text = _("Memory ran out at step {step}, also with the smallest settings. Tried: {tried}.").format(
             step=full.step, tried="; ".join(self.tried)
         )
-        least = training_bytes(config, rows, full.shape, rung_of(config, rows))
-        smaller = [name for name, shape in PUBLISHED.items() if shape.parameters < full.shape.parameters]
         lines = [text]
-        if smaller:
-            best = max(smaller, key=lambda name: PUBLISHED[name].parameters)
-            needed = training_bytes(config, rows, PUBLISHED[best], rung_of(config, rows))
+        if full.phase == "evaluation":
             lines.append(
                 _(
-                    "A smaller model needs less: openai/whisper-{size} about {needed:.1f} GiB in place of {least:.1f}."
-                ).format(size=best, needed=needed / GIBIBYTE, least=least / GIBIBYTE)
+                    "Measuring takes less with --generation_num_beams 1, a smaller --generation_max_length, or none of it with --eval_strategy no."
+                )
             )
+        now = training_bytes(config, rows, full.shape, rung_of(config, rows))
+        for size in USUAL:
+            needed = training_bytes(config, rows, PUBLISHED[size], rung_of(config, rows))
+            if needed < SMALLER * now:
+                lines.append(
+                    _(
+                        "A smaller model needs less: openai/whisper-{size} about {needed:.1f} GiB in place of {least:.1f}."
+                    ).format(size=size, needed=needed / GIBIBYTE, least=now / GIBIBYTE)
+                )
+                break
         lines.append(_("The checkpoints are kept: --resume goes on where memory is larger."))
         return " ".join(lines)
+
+
+def resumed(config: TrainConfig, run: RunFolder) -> TrainConfig:
+    """`config` with the settings that an earlier part of the run came down to, whatever the command line repeats."""
+    if not config.resume or run.latest_checkpoint() is None or not (run.path / FITTED_FILE).is_file():
+        return config
+    fitted = json.loads((run.path / FITTED_FILE).read_text(encoding="utf-8"))
+    return config.model_copy(update={name: fitted[name] for name in CHANGED if name in fitted})
 
 
 def rung_of(config: TrainConfig, rows: Rows) -> Rung:

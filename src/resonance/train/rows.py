@@ -47,12 +47,13 @@ def read_rows(config: TrainConfig, console: Console) -> Rows:
     Raises DataError listing every file that is missing or unreadable. Clips outside the length limits are left out and
     named.
     """
-    train = settle_languages(usable(_manifest(config.train_file, config), config, console), config.language)
+    train = settle_languages(probe_durations(_manifest(config.train_file, config)), config.language)
+    held_out: list[Utterance] = []
     if config.validation_file:
-        held_out = usable(_manifest(config.validation_file, config), config, console)
-        held_out = settle_languages(held_out, config.language)
+        held_out = settle_languages(probe_durations(_manifest(config.validation_file, config)), config.language)
     elif config.validation_split:
         try:
+            # Before any length is left out: another max_audio_len must not put held-out recordings into the training.
             train, held_out = split(train, eval_fraction=config.validation_split, by=config.split_by, seed=config.seed)
         except DataError as error:
             raise DataError(
@@ -60,8 +61,8 @@ def read_rows(config: TrainConfig, console: Console) -> Rows:
                     reason=error
                 )
             ) from error
-    else:
-        held_out = []
+    train = usable(train, config, console)
+    held_out = usable(held_out, config, console) if held_out else []
     return Rows(
         train[: config.max_train_samples],
         # Evaluation runs in the order of length, so that batches need little padding.
@@ -79,13 +80,13 @@ def _manifest(path: Path | str | None, config: TrainConfig) -> list[Utterance]:
 
 
 def usable(rows: Sequence[Utterance], config: TrainConfig, console: Console) -> list[Utterance]:
-    """Rows with their durations, without those outside the length limits, which are named."""
+    """Rows without those outside the length limits, which are named."""
     kept: list[Utterance] = []
     left_out: list[Utterance] = []
     longest = config.max_audio_len
     if isinstance(config.audio_context, float):
         longest = min(longest, config.audio_context)
-    for row in probe_durations(rows):
+    for row in rows:
         inside = config.min_audio_len <= (row.duration or 0.0) <= longest
         (kept if inside else left_out).append(row)
     if left_out:

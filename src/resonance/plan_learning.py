@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from resonance.config import TrainConfig
 from resonance.model.rungs import Rung
+from resonance.model.runs import RunFolder
 from resonance.model.sizes import WhisperShape
 from resonance.plan import calibration, devices
 from resonance.plan.choose import plan_for
 from resonance.plan.recordings import lengths
+from resonance.train.ladder import FITTED_FILE
 from resonance.train.rows import Rows
+from resonance.train.trainer import WhisperTrainer, peak_memory
+
+_learnt = False  # in this process
 
 
-def learn(
-    config: TrainConfig, rows: Rows, shape: WhisperShape, log: Sequence[Mapping[str, Any]], on: str, peak: int
-) -> None:
-    """Remember a training that is done: its `log` rows, the kind of device it ran `on` and its peak in bytes."""
+def learn(config: TrainConfig, rows: Rows, shape: WhisperShape, trainer: WhisperTrainer, run: RunFolder) -> None:
+    """Remember a training that is done, unless its figures are not its own.
+
+    They are not where memory ran out before, where another training ran in this process (both leave their peak behind), or
+    where several processes trained together.
+    """
+    global _learnt
+    if _learnt or trainer.args.world_size > 1 or (run.path / FITTED_FILE).is_file():
+        return
+    _learnt = True
+    on = trainer.args.device
     device = devices.find()
-    if device.kind != on:
+    if device.kind != on.type:
         device = replace(devices.processor(), here=True)
-    speeds = [row["samples_per_second"] for row in log if row.get("samples_per_second")]
-    if len(speeds) < 2 or device.kind != on:
+    speeds = [row["samples_per_second"] for row in trainer.state.log_history if row.get("samples_per_second")]
+    if len(speeds) < 2 or device.kind != on.type:
         return
     measured = lengths(rows, None)
     rung = Rung(
@@ -43,7 +53,7 @@ def learn(
             config.quantization,
             shape.d_model,
             plan.needed,
-            peak,
+            peak_memory(on),
             plan.duration.training / plan.steps,
             rung.effective_batch / statistics.median(speeds[1:]),
         )
