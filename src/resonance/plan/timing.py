@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from resonance.model.sizes import WhisperShape
 from resonance.plan.devices import Device
 
-# Share of the peak that a training step reaches in matrix products. GPUs: typical of Whisper-sized models in eager mode.
-# Processor: whisper-base with LoRA on 3 s clips reached 45 % of CPU_CORE_FLOPS on two cores.
-EFFICIENCY = {"cuda": 0.35, "mps": 0.3, "cpu": 0.45}
+# Share of the peak that a training step reaches in matrix products. GPUs: an estimate. Processor: of CPU_CORE_FLOPS on two
+# cores, 18 % with resonance/nano (160 wide, all-linear LoRA) and 42 % with whisper-tiny's shape (384, full; benchmarks/results).
+EFFICIENCY = {"cuda": 0.35, "mps": 0.3, "cpu": 0.75}
+SATURATING_WIDTH = {"cuda": 0, "mps": 0, "cpu": 400}  # d_model at which half of it is reached
 # Rows of a matrix product at which it reaches half of that: a GPU needs thousands to be busy.
 SATURATING_ROWS = {"cuda": 400, "mps": 200, "cpu": 20}
 # Time from Python to the device: eager PyTorch takes ten to twenty microseconds to start an operation. A layer with LoRA on
@@ -60,6 +61,10 @@ def forward_flops(shape: WhisperShape, positions: int, tokens: int) -> tuple[flo
     return float(encoder), float(decoder)
 
 
+def efficiency_of(shape: WhisperShape, device: Device) -> float:
+    return EFFICIENCY[device.kind] * shape.d_model / (shape.d_model + SATURATING_WIDTH[device.kind])
+
+
 def step_seconds(
     shape: WhisperShape,
     device: Device,
@@ -83,7 +88,7 @@ def step_seconds(
     # Half of 8-bit and 4-bit products' time goes into unpacking the weights once more in each direction.
     unpacking = 1.3 if quantized else 1.0
     rows = batch * positions
-    efficiency = EFFICIENCY[device.kind] * rows / (rows + SATURATING_ROWS[device.kind])
+    efficiency = efficiency_of(shape, device) * rows / (rows + SATURATING_ROWS[device.kind])
     computing = flops * unpacking / (device.flops * efficiency)
     return accumulation * max(computing, launches * LAUNCH_SECONDS[device.kind])
 
@@ -96,7 +101,7 @@ def evaluation_seconds(
         return 0.0
     encoder, decoder = forward_flops(shape, positions, tokens)
     batches = -(-clips // batch)
-    computing = clips * 2 * (encoder + decoder) / (device.flops * EFFICIENCY[device.kind])
+    computing = clips * 2 * (encoder + decoder) / (device.flops * efficiency_of(shape, device))
     reading = shape.decoder_parameters * (2 if device.kind == "cuda" else 4) / device.bandwidth
     launching = shape.decoder_layers * DECODE_STEP_OPERATIONS * LAUNCH_SECONDS[device.kind]
     return computing + batches * tokens * max(reading, launching)
