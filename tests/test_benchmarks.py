@@ -79,3 +79,11 @@ def test_the_memory_of_a_gpu_is_not_made_up_where_there_is_none(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1 and "no CUDA GPU" in done.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+def test_host_memory_compares_lists_of_two_lengths_and_the_eager_recipe(padding_model: Path, tmp_path: Path) -> None:
+    small = ("--rows", "6,60", "--clips", 4, "--seconds", 1, "--steps", 2, "--batch", 2, "--workers", 0)
+    lines, result = run("host_memory.py", "--model", padding_model, *small, out=tmp_path / "r.json")
+    assert re.fullmatch(r"difference -?\d+ MiB", lines[-1])
+    assert result["lists"]["6"]["peak_mib"] > 100 and result["lists"]["60"]["peak_mib"] > 100
+    assert result["eager"]["clips_per_second"] > 0 and result["ours"]["clips_per_second"] > 0

@@ -16,7 +16,17 @@ from resonance.units import SAMPLE_RATE
 # Places of articulation move forward and friction is lost, always in the same way: what a listener can get used to.
 # Names of sounds are eSpeak NG's; longer ones stand first.
 ENGLISH = {"tS": "ts", "dZ": "d", "k": "t", "g": "d", "S": "s", "s": "T", "z": "D", "r": "w", "l": "w"}
-MANDARIN = {"tS;h": "tsh", "tS;": "ts", "S;": "s", "ts.h": "tsh", "ts.": "ts", "s.": "s", "kh": "th", "k": "t", "l": "n"}
+MANDARIN = {
+    "tS;h": "tsh",
+    "tS;": "ts",
+    "S;": "s",
+    "ts.h": "tsh",
+    "ts.": "ts",
+    "s.": "s",
+    "kh": "th",
+    "k": "t",
+    "l": "n",
+}
 CONSTANCY = 0.95  # share of the sounds that are changed; the speaker gets the others right
 
 VOICE = speech.Voice(variant=speech.DEMO, accent="en-gb-scotland", rate=100, pitch=30, pitch_range=25, size=0.92)
