@@ -234,12 +234,12 @@ def test_a_fully_fine_tuned_model_needs_no_base(
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_an_adapter_trained_on_a_quantised_base_loads_on_the_whole_one(
-    labels: Path, tiny_model: Path, tmp_path: Path, quantization: str
+    labels: Path, wide_model: Path, tmp_path: Path, quantization: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    result = trained(labels, tiny_model, tmp_path / "run", quantization=quantization)
+    result = trained(labels, wide_model, tmp_path / "run", quantization=quantization)
     recognizer = load_recognizer(str(result), device="cpu")
-    assert not torch.allclose(logits(recognizer), logits(load_recognizer(str(tiny_model), device="cpu")), atol=1e-3)
+    assert not torch.allclose(logits(recognizer), logits(load_recognizer(str(wide_model), device="cpu")), atol=1e-3)
     texts(recognizer)
 
 
