@@ -47,7 +47,7 @@ def learning_curve(config: CurveConfig, console: Console) -> tuple[list[Point], 
         train_file = data / f"train-{size}.json"
         write_manifest(train_file, pool[:size])
         folder = config.output_dir / f"{size}"
-        finetune(one_training(config, train_file, folder), console)
+        finetune(one_training(config, train_file, test_file, folder), console)
         settings = {"model_path": str(folder), "test_file": test_file, "train_file": train_file, "seed": config.seed}
         report, _folder = evaluate(EvaluateConfig.model_validate(settings), console, known_base)
         points.append(Point(size, report))
@@ -59,7 +59,7 @@ def usable_sizes(sizes: Sequence[int], available: int) -> list[int]:
     return sorted({min(size, available) for size in sizes})
 
 
-def one_training(config: CurveConfig, train_file: Path, folder: Path) -> TrainConfig:
+def one_training(config: CurveConfig, train_file: Path, test_file: Path, folder: Path) -> TrainConfig:
     """The settings of one point. Nothing is chosen on the held-out recordings: they are what it is measured on."""
     values = config.model_dump(exclude={"sizes", "dataset_dir", "json_file", "max_train_samples", "max_eval_samples"})
     return TrainConfig.model_validate(
@@ -67,7 +67,7 @@ def one_training(config: CurveConfig, train_file: Path, folder: Path) -> TrainCo
         | {
             "train_file": train_file,
             "output_dir": folder,
-            "validation_file": None,
+            "validation_file": test_file,
             "validation_split": 0.0,
             "eval_strategy": "no",
             "load_best_model_at_end": False,
