@@ -89,11 +89,13 @@ class RandomState:
     numpy: Any
     processor: Tensor
     cuda: list[Tensor]
+    apple: Tensor | None
 
     @classmethod
     def now(cls) -> RandomState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+        apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, apple)
 
     def restore(self) -> None:
         random.setstate(self.python)
@@ -101,6 +103,8 @@ class RandomState:
         torch.set_rng_state(self.processor)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+        if self.apple is not None:
+            torch.mps.set_rng_state(self.apple)
 
 
 class StepStart(TrainerCallback):  # type: ignore[misc]
