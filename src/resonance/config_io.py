@@ -91,6 +91,11 @@ def dump_yaml(config: BaseModel, path: Path) -> None:
     """
     values = config.model_dump(mode="json")
     values |= values.pop("extra", {})
+    write_settings(values, path)
+
+
+def write_settings(values: Mapping[str, Any], path: Path) -> None:
+    """Write settings as a YAML file for --config. Raises RunFolderError where it cannot be written."""
     try:
         write_yaml(values, path)
     except OSError as error:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 
 from resonance.config import TrainConfig
-from resonance.model.rungs import Rung
+from resonance.model.rungs import rung_of
 from resonance.model.runs import RunFolder
 from resonance.model.sizes import WhisperShape
 from resonance.plan import calibration, devices
@@ -37,13 +37,7 @@ def learn(config: TrainConfig, rows: Rows, shape: WhisperShape, trainer: Whisper
     if len(speeds) < 2 or device.kind != on.type:
         return
     measured = lengths(rows, None)
-    rung = Rung(
-        config.quantization,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.gradient_checkpointing,
-        min(config.max_audio_len, measured.longest),
-    )
+    rung = rung_of(config, measured.longest)
     # What would have been said without this file.
     plan = plan_for("", shape, config, replace(device, here=False), measured, rung)
     calibration.remember(

@@ -105,7 +105,7 @@ def test_a_processor_gets_a_model_that_is_done_in_hours_and_no_quantisation() ->
 
 def test_one_long_recording_decides_about_the_memory() -> None:
     short = made_up(0.2, 3.0)
-    with_outlier = Recordings((*short.train_seconds, 30.0), 0, 0.0, short.label_tokens, False)
+    with_outlier = Recordings((*short.train_seconds, 30.0), 0, short.label_tokens, False)
     shapes = {"small": PUBLISHED["small"]}
     one, other = (best_plan(config(per_device_train_batch_size=8), shapes, card(24), r) for r in (short, with_outlier))
     assert other.needed > 2 * one.needed

@@ -36,6 +36,17 @@ class Rung:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
+def rung_of(config: TrainConfig, longest: float) -> Rung:
+    """Where `config` stands, with recordings of up to `longest` seconds."""
+    return Rung(
+        config.quantization,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.gradient_checkpointing,
+        min(config.max_audio_len, longest),
+    )
+
+
 def job_for(
     config: TrainConfig, shape: WhisperShape, rung: Rung, precision: Precision, label_tokens: int
 ) -> TrainingJob:
@@ -62,14 +73,14 @@ def job_for(
     )
 
 
-def below(rung: Rung, *, may_quantize: bool, takes: Callable[[Rung], int] = lambda rung: 0) -> Iterator[Rung]:
+def below(rung: Rung, *, may_quantize: bool, takes: Callable[[Rung], int] | None = None) -> Iterator[Rung]:
     """The rungs below this one, each with all that those before it changed.
 
-    With `takes`, the bytes of a rung, only what takes fewer bytes: 8-bit weights often take more, in activations.
+    With `takes`, the bytes of a rung, 8-bit weights only where they take fewer: often they take more, in activations.
     """
     if may_quantize and rung.quantization == "none":
         eight = replace(rung, quantization="8bit")
-        if takes(eight) < takes(rung) or takes(eight) == 0:
+        if takes is None or takes(eight) < takes(rung):
             rung = eight
             yield rung
     for batch in smaller_batches(rung.per_device_train_batch_size):

@@ -1,6 +1,7 @@
 """What earlier trainings on this machine took, beside what had been predicted: `plan.calibration.json`.
 
-A plan multiplies its memory and its time by the medians found there for the same device, method, weights and size of model: what is fixed weighs more in a small one.
+A plan multiplies its memory and its time by the medians found there for the same device, method, weights and size of
+model: what is fixed weighs more in a small one.
 """
 
 from __future__ import annotations

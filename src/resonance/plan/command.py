@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from resonance.config import TrainConfig
-from resonance.config_io import from_mapping
+from resonance.config_io import from_mapping, write_settings
 from resonance.config_plan import PlanConfig
 from resonance.config_types import memory_bytes
-from resonance.config_yaml import write_yaml
-from resonance.errors import ConfigError, DataError, ModelError
+from resonance.errors import ConfigError, ModelError
 from resonance.messages import _
 from resonance.model.builtin import folder_of
 from resonance.model.sizes import PUBLISHED, USUAL, WhisperShape, published_shape, shape_from_config
@@ -83,9 +82,8 @@ def planned(config: Config, console: Console) -> Config:
 
 def make_plan(config: TrainConfig, device: devices.Device, console: Console) -> Plan:
     shapes, folder = shapes_of(config)
-    hours = getattr(config, "hours", None)
-    if hours is not None:
-        recordings = made_up(hours, getattr(config, "clip_seconds", 5.0))
+    if isinstance(config, PlanConfig) and config.hours is not None:
+        recordings = made_up(config.hours, config.clip_seconds)
     else:
         recordings = measure(config, folder, console)
     return best_plan(config, shapes, device, recordings)
@@ -177,7 +175,7 @@ def notes_on(plan: Plan, config: TrainConfig) -> list[str]:
                 count=plan.learnt_from, file=calibration.file()
             )
         )
-    if not recordings.counted and getattr(config, "hours", None) is None:
+    if not recordings.counted and not (isinstance(config, PlanConfig) and config.hours):
         notes.append(_("The lengths of the labels are estimated: the model's tokenizer is not on this machine."))
     return notes
 
@@ -228,15 +226,8 @@ def settled(config: TrainConfig, chosen: Mapping[str, Reasoned]) -> dict[str, An
 
 
 def write(chosen: Mapping[str, Reasoned], config: PlanConfig) -> None:
-    """The settings as a file for --config. Raises ConfigError where they disagree, DataError where it cannot be written."""
+    """The settings as a file for --config. Raises ConfigError where they disagree, RunFolderError where it cannot be written."""
     assert config.write is not None
     values = settled(config, chosen)
     from_mapping(TrainConfig, {"train_file": "labels.json", "output_dir": "run"} | values, _("plan"))
-    try:
-        write_yaml(values, config.write)
-    except OSError as error:
-        raise DataError(
-            _("{path}: cannot be written ({reason}). Choose another folder or free some space.").format(
-                path=config.write, reason=error.strerror or error
-            )
-        ) from error
+    write_settings(values, config.write)

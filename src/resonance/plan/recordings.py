@@ -28,7 +28,6 @@ class Recordings:
 
     train_seconds: tuple[float, ...]  # ascending
     held_out: int
-    held_out_seconds: float
     label_tokens: tuple[int, ...]  # ascending, prompt included
     counted: bool  # False: the label lengths are estimated
 
@@ -73,7 +72,6 @@ def lengths(rows: Rows, count: Callable[[str], int] | None) -> Recordings:
     return Recordings(
         tuple(sorted(row.duration or 0.0 for row in rows.train)),
         len(rows.held_out),
-        sum(row.duration or 0.0 for row in rows.held_out),
         tuple(sorted(label_lengths(rows.train, count or estimated_tokens))),
         counted=count is not None,
     )
@@ -83,7 +81,7 @@ def made_up(hours: float, clip_seconds: float) -> Recordings:
     """Recordings of one length, for a plan before there are any: three words a second."""
     clips = max(1, round(hours * 3600 / clip_seconds))
     tokens = min(MAX_LABEL_TOKENS, PROMPT_TOKENS + round(4 * clip_seconds))
-    return Recordings((clip_seconds,) * clips, clips // 10, hours * 360, (tokens,) * clips, counted=False)
+    return Recordings((clip_seconds,) * clips, clips // 10, (tokens,) * clips, counted=False)
 
 
 def label_lengths(rows: Sequence[Utterance], count: Callable[[str], int]) -> list[int]:

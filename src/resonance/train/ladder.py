@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import json
 import random
 import traceback
@@ -28,7 +29,7 @@ from resonance.errors import OutOfMemoryError
 from resonance.messages import _
 from resonance.model.memory import predict
 from resonance.model.precision import training_precision
-from resonance.model.rungs import Rung, below, job_for
+from resonance.model.rungs import Rung, below, job_for, rung_of
 from resonance.model.runs import RunFolder
 from resonance.model.sizes import PUBLISHED, USUAL, WhisperShape
 from resonance.train import progress, resume
@@ -49,7 +50,7 @@ FULL = (
 SMALLER = 0.8  # of the memory: a model that takes more than that is no way out
 FITTED_FILE = "fitted.json"  # in a run folder: the settings that the ladder came to
 CHANGED = (
-    *("quantization", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "quantization"),
     *("max_audio_len", "per_device_eval_batch_size"),
 )
 LEFT_OUT = 0.1  # share of the recordings that shorter audio may cost
@@ -157,13 +158,12 @@ def watching(
         return
     trainer.model.zero_grad(set_to_none=True)
     release()
-    if start and start.updating:  # some optimisers change tensor by tensor: back to the last checkpoint
-        raise full
-    if start and start.state:
-        start.state.restore()
-    saved = trainer.save_now()
-    if full.phase == "evaluation":
-        (saved / resume.UNMEASURED_FILE).touch()
+    if not (start and start.updating):  # some optimisers change tensor by tensor: back to the last checkpoint then
+        if start and start.state:
+            start.state.restore()
+        saved = trainer.save_now()
+        if full.phase == "evaluation":
+            (saved / resume.UNMEASURED_FILE).touch()
     raise full
 
 
@@ -233,7 +233,7 @@ class Ladder:
             if config.per_device_eval_batch_size > 1:
                 yield {"per_device_eval_batch_size": config.per_device_eval_batch_size // 2}
             return
-        now = rung_of(config, rows)
+        now = standing(config, rows)
 
         def takes(rung: Rung) -> int:
             return training_bytes(config, rows, full.shape, rung)
@@ -254,9 +254,9 @@ class Ladder:
                     "Measuring takes less with --generation_num_beams 1, a smaller --generation_max_length, or none of it with --eval_strategy no."
                 )
             )
-        now = training_bytes(config, rows, full.shape, rung_of(config, rows))
+        now = training_bytes(config, rows, full.shape, standing(config, rows))
         for size in USUAL:
-            needed = training_bytes(config, rows, PUBLISHED[size], rung_of(config, rows))
+            needed = training_bytes(config, rows, PUBLISHED[size], standing(config, rows))
             if needed < SMALLER * now:
                 lines.append(
                     _(
@@ -276,15 +276,8 @@ def resumed(config: TrainConfig, run: RunFolder) -> TrainConfig:
     return config.model_copy(update={name: fitted[name] for name in CHANGED if name in fitted})
 
 
-def rung_of(config: TrainConfig, rows: Rows) -> Rung:
-    longest = max((row.duration or 0.0 for row in rows.train), default=config.max_audio_len)
-    return Rung(
-        config.quantization,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-        config.gradient_checkpointing,
-        min(config.max_audio_len, longest),
-    )
+def standing(config: TrainConfig, rows: Rows) -> Rung:
+    return rung_of(config, max((row.duration or 0.0 for row in rows.train), default=config.max_audio_len))
 
 
 def differences(before: Rung, after: Rung) -> dict[str, Any]:
@@ -304,8 +297,6 @@ def training_bytes(config: TrainConfig, rows: Rows, shape: WhisperShape, rung: R
 
 def can_quantize() -> bool:
     """bitsandbytes is there, and a GPU that it is fast on."""
-    import importlib.util
-
     return torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -321,8 +312,7 @@ def shown(config: TrainConfig, phase: Phase) -> str:
 
 
 def flags(config: TrainConfig) -> str:
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "quantization")
-    values = {name: getattr(config, name) for name in (*names, "max_audio_len", "per_device_eval_batch_size")}
+    values = {name: getattr(config, name) for name in CHANGED}
     return " ".join(
         f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()
     )
