@@ -64,7 +64,8 @@ def test_less_memory_never_gets_a_larger_model_or_batch() -> None:
 
 
 def test_sixteen_gigabytes_hold_large_v3_in_16_bits_with_batches_of_four_at_30_seconds() -> None:
-    found = plan(16, 100, 30.0)  # the third row of the recommendations that users know by heart
+    # The third row of the recommendations that users know by heart, which are for LoRA on q_proj and v_proj.
+    found = plan(16, 100, 30.0, target_modules=["q_proj", "v_proj"])
     assert (found.model, value(found, "quantization"), value(found, "per_device_train_batch_size")) == (
         "large-v3",
         "none",
@@ -153,3 +154,34 @@ def test_a_longer_training_takes_longer_and_a_faster_card_less() -> None:
     }
     assert seconds["T4", 1000] > 1.5 * seconds["T4", 500]
     assert seconds["RTX 4090", 1000] < seconds["T4", 1000]
+
+
+@pytest.mark.parametrize(
+    ("hours", "gib", "method"),
+    [
+        (0.2, 8, ("lora", "q_proj,v_proj", 1e-3)),
+        (0.2, 80, ("lora", "q_proj,v_proj", 1e-3)),
+        (20, 12, ("lora", "all-linear", 2e-4)),
+        (300, 24, ("lora", "all-linear", 2e-4)),  # large-v3 does not fit whole: better it in part than medium whole
+        (300, 80, ("full", None, 1e-5)),
+    ],
+)
+def test_more_speech_and_memory_train_more_of_the_model(hours: float, gib: float, method: tuple[Any, ...]) -> None:
+    found = plan(gib, hours, 10.0)
+    chosen = {name: reasoned.value for name, reasoned in settings_of(found, config()).items()}
+    assert (chosen["finetuning"], chosen.get("target_modules"), chosen["learning_rate"]) == method
+    assert found.fits
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"finetuning": "lora"}, {"lora_r": 8}, {"target_modules": ["q_proj"]}, {"learning_rate": 1e-3}],
+)
+def test_who_settles_a_part_of_the_method_gets_no_other_one(given: dict[str, Any]) -> None:
+    found = plan(80, 300, 10.0, **given)
+    assert found.config.finetuning == "lora" and found.config.target_modules != ["all-linear"]
+    assert {name: getattr(found.config, name) for name in given} == given
+
+
+def test_weights_held_in_8_bits_are_not_trained_whole() -> None:
+    assert plan(80, 300, 10.0, quantization="8bit").config.finetuning == "lora"

@@ -42,6 +42,7 @@ def test_the_plan_is_what_train_takes(
     out = tmp_path / "run"
     assert run(["train", "--config", str(file), "--output_dir", str(out), "--context_alignment_steps=0"]) == 0
     trained = load_yaml(TrainConfig, RunFolder(out).path / "config.yaml")
+    assert trained.target_modules == values.pop("target_modules").split(",")
     assert {name: getattr(trained, name) for name in values if name != "train_file"} == {
         name: value for name, value in values.items() if name != "train_file"
     }

@@ -148,7 +148,9 @@ def notes_on(plan: Plan, config: TrainConfig) -> list[str]:
     longest = min(recordings.longest, config.max_audio_len)
     if longest > OUTLIER * recordings.usual_longest:
         usual = math.ceil(10 * recordings.usual_longest) / 10
-        shorter = plan_for(plan.model, plan.shape, config, device, recordings, replace(plan.rung, max_audio_len=usual))
+        shorter = plan_for(
+            plan.model, plan.shape, plan.config, device, recordings, replace(plan.rung, max_audio_len=usual)
+        )
         notes.append(
             _(
                 "Nearly all recordings are at most {usual:.1f} s long, the longest is {longest:.1f} s and decides about the "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from resonance.config import GOOD_EFFECTIVE_BATCH, TrainConfig
+from resonance.config_types import ALL_LINEAR
 from resonance.messages import _
 from resonance.plan.choose import Plan
 from resonance.plan.devices import Device
-from resonance.units import GIBIBYTE, POSITIONS_PER_SECOND
+from resonance.units import GIBIBYTE, MEBIBYTE, POSITIONS_PER_SECOND
 
 
 class Reasoned(NamedTuple):
@@ -30,7 +32,8 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
             plan.model,
             _("the largest that fits and that {hours:.1f} hours of speech can teach").format(hours=recordings.hours),
         ),
-        choice("finetuning", config.finetuning, _("trains a small addition to the model; the result has a few MB")),
+        choice("finetuning", plan.config.finetuning, method_reason(plan)),
+        *(choice(*setting) for setting in method_settings(plan)),
         choice(
             "precision",
             plan.job.precision,
@@ -88,6 +91,31 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         reason = _("longer ones do not fit: {count} of {total} recordings are left out")
         chosen.append(choice("max_audio_len", rung.max_audio_len, reason.format(count=left, total=recordings.clips)))
     return dict(chosen)
+
+
+def method_reason(plan: Plan) -> str:
+    if plan.config.finetuning == "lora":
+        return _("trains a small addition to the model; the result has {size:.0f} MB").format(
+            size=plan.memory.parts["adapters"] / MEBIBYTE
+        )
+    return _("{hours:.0f} hours are more than a small addition can hold, and the whole model fits").format(
+        hours=plan.recordings.hours
+    )
+
+
+def method_settings(plan: Plan) -> Iterator[tuple[str, Any, str]]:
+    """What goes with the way to train: setting, value, reason."""
+    method = plan.config
+    if method.finetuning == "lora":
+        yield "lora_r", method.lora_r, _("wide enough for so much speech")
+        yield "lora_alpha", method.lora_alpha, _("twice lora_r is usual")
+        reason = (
+            _("many hours teach all parts of a layer")
+            if method.target_modules == [ALL_LINEAR]
+            else _("enough for few hours, and the fastest")
+        )
+        yield "target_modules", ",".join(method.target_modules), reason  # as it is typed
+    yield "learning_rate", method.learning_rate, _("usual for what is trained")
 
 
 def batch_reason(batch: int) -> str:
