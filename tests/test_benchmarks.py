@@ -87,3 +87,9 @@ def test_host_memory_compares_lists_of_two_lengths_and_the_eager_recipe(padding_
     assert re.fullmatch(r"difference -?\d+ MiB", lines[-1])
     assert result["lists"]["6"]["peak_mib"] > 100 and result["lists"]["60"]["peak_mib"] > 100
     assert result["eager"]["clips_per_second"] > 0 and result["ours"]["clips_per_second"] > 0
+
+
+def test_feature_cache_ends_in_a_ratio_of_the_same_clips(recordings: Callable[..., Path], tmp_path: Path) -> None:
+    lines, result = run("feature_cache.py", "--data", recordings(6), "--passes", 2, out=tmp_path / "r.json")
+    assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
+    assert result["clips"] == 6 and result["kib_a_clip"] > 0

@@ -319,6 +319,8 @@ def test_any_text_comes_back_from_a_dumped_config(tmp_path: Path, text: str) -> 
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "feature_cache_dir": None,
+    "feature_cache": "none",  # agree with no change of the recordings
     "model_name_or_path": "m",
     "target_modules": ["fc1", "fc2"],
     "language": "zh",
@@ -359,12 +361,13 @@ def test_every_setting_comes_back_from_a_dumped_config(tmp_path: Path) -> None:
     default = train()
     config = TrainConfig.model_validate({name: another_value(name, default) for name in TrainConfig.model_fields})
     same = [name for name in TrainConfig.model_fields if getattr(config, name) == getattr(default, name)]
-    assert same == ["json_file", "finetuning"]
+    assert same == ["json_file", "feature_cache_dir", "feature_cache", "finetuning"]
     for one in (
         config,
         default,
         train("--num_train_epochs", "2"),
         train("--finetuning", "full", "--validation_split", "0"),
+        train("--feature_cache_dir", "features"),
     ):
         dump_yaml(one, tmp_path / "config.yaml")
         assert load_yaml(TrainConfig, tmp_path / "config.yaml") == one

@@ -111,6 +111,13 @@ class TrainConfig(BaseModel):
     """Shortest recording that is used, in seconds."""
     dataloader_num_workers: int = Field(2, ge=0)
     """Processes that prepare audio while the model computes."""
+    feature_cache_dir: AnyPath | None = None
+    """Folder for feature_cache; several trainings can share it. Left out, features in output_dir."""
+    feature_cache: Literal["none", "disk"] = Field(
+        default_factory=lambda data: "disk" if data.get("feature_cache_dir") else "none"
+    )
+    """Decode every recording in every pass (none), or only in the first and keep what the model sees of it on disk, in 16
+    bits (disk). Left out, disk where feature_cache_dir is given, else none."""
 
     finetuning: Literal["lora", "full", "frozen_encoder"] = "lora"
     """What is trained: a small addition to the model (lora, a few MB), the whole model (full) or its decoder

@@ -58,6 +58,7 @@ def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Pro
                 shortest=c.min_audio_len, longest=c.max_audio_len
             ),
         )
+    yield from _cache_problems(c)
     yield from _context_problems(c)
     yield from _evaluation_problems(c)
     if c.steps_are_settled and c.max_steps is not None and c.warmup_steps >= c.max_steps:
@@ -92,6 +93,27 @@ def _english_only_problems(c: TrainConfig) -> Iterator[Problem]:
                 model=c.model_name_or_path
             ),
         )
+
+
+def _cache_problems(c: TrainConfig) -> Iterator[Problem]:
+    if c.feature_cache == "none":
+        if c.feature_cache_dir is not None:
+            yield (
+                ("feature_cache_dir", "feature_cache"),
+                _(
+                    "feature_cache_dir is given, but feature_cache is none: nothing would be kept there. Keep one of them."
+                ),
+            )
+        return
+    for name in ("speed_perturbation", "gain_db"):
+        if getattr(c, name):
+            yield (
+                ("feature_cache", name),
+                _(
+                    "feature_cache disk keeps each recording as it is, but {name} changes it in every pass. Leave one of "
+                    "them out."
+                ).format(name=name),
+            )
 
 
 def _context_problems(c: TrainConfig) -> Iterator[Problem]:

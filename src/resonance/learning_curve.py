@@ -62,6 +62,10 @@ def usable_sizes(sizes: Sequence[int], available: int) -> list[int]:
 def one_training(config: CurveConfig, train_file: Path, test_file: Path, folder: Path) -> TrainConfig:
     """The settings of one point. Nothing is chosen on the held-out recordings: they are what it is measured on."""
     values = config.model_dump(exclude={"sizes", "dataset_dir", "json_file", "max_train_samples", "max_eval_samples"})
+    shared = (
+        config.feature_cache_dir or config.output_dir / "features"
+    )  # every size hears the recordings of the smaller ones
+    cache = None if config.feature_cache == "none" else shared
     return TrainConfig.model_validate(
         values
         | {
@@ -73,5 +77,6 @@ def one_training(config: CurveConfig, train_file: Path, test_file: Path, folder:
             "load_best_model_at_end": False,
             "early_stopping_patience": None,
             "resume": folder.exists(),
+            "feature_cache_dir": cache,
         }
     )

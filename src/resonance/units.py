@@ -13,6 +13,7 @@ FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 POSITIONS_PER_SECOND = FRAMES_PER_SECOND // FRAMES_PER_POSITION  # 50 encoder positions
 SAMPLES_PER_POSITION = HOP_LENGTH * FRAMES_PER_POSITION  # 320
 WINDOW_SECONDS = 30.0  # what Whisper was trained to read at once
+WINDOW_FRAMES = int(WINDOW_SECONDS * FRAMES_PER_SECOND)  # 3000
 WINDOW_POSITIONS = int(WINDOW_SECONDS * POSITIONS_PER_SECOND)  # 1500
 MAX_LABEL_TOKENS = 448  # decoder positions (`max_target_positions`), prompt and special tokens included
 # Audio whose encoder outputs for 30 s are held in memory before training: 150 MB for large-v3 with its features. More than

@@ -12,6 +12,7 @@ from resonance.config import TrainConfig
 from resonance.model.sizes import PUBLISHED, USUAL
 from resonance.plan.choose import Plan, best_plan
 from resonance.plan.devices import Device, choose, processor
+from resonance.plan.feature_cache import feature_cache
 from resonance.plan.recordings import Recordings, made_up
 from resonance.plan.settings import settings_of
 from resonance.units import GIBIBYTE
@@ -185,3 +186,24 @@ def test_who_settles_a_part_of_the_method_gets_no_other_one(given: dict[str, Any
 
 def test_weights_held_in_8_bits_are_not_trained_whole() -> None:
     assert plan(80, 300, 10.0, quantization="8bit").config.finetuning == "lora"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, "disk"),
+        ({"workers": 16}, "none"),  # prepare it fast enough
+        ({"passes": 1.2}, "none"),
+        ({"hours": 5000.0}, "none"),  # more than a fifth of the disk
+        ({"gain_db": 6.0}, "none"),
+        ({"clips_per_second": 50.0}, "none"),
+    ],
+)
+def test_features_are_kept_where_preparing_them_would_hold_up_the_gpu(changes: dict[str, Any], kept: str) -> None:
+    given = {"passes": 3.0, "clips_per_second": 600.0, "workers": 4} | {
+        k: v for k, v in changes.items() if k not in ("hours", "gain_db")
+    }
+    settings = {k: v for k, v in changes.items() if k == "gain_db"}
+    recordings = made_up(changes.get("hours", 20.0), 5.0)
+    chosen, reason = feature_cache(config(**settings), card(24), recordings, 80, **given)
+    assert chosen == kept and reason

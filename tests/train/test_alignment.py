@@ -33,9 +33,18 @@ def with_lora(folder: Path, modules: str = "q_proj,v_proj") -> Any:
     return lora.add_lora(whisper.model, r=8, alpha=16, dropout=0.5, target_modules=modules.split(","))
 
 
-def align(model: Any, rows: list[Utterance], steps: int, seed: int = 1) -> Difference:
+def align(model: Any, rows: list[Utterance], steps: int, seed: int = 1, at_once: int = 4) -> Difference:
     return align_audio_context(
-        model, rows, SHORT, 80, steps=steps, batch_size=4, learning_rate=1e-2, precision="fp32", seed=seed
+        model,
+        rows,
+        SHORT,
+        80,
+        steps=steps,
+        batch_size=4,
+        at_once=at_once,
+        learning_rate=1e-2,
+        precision="fp32",
+        seed=seed,
     )
 
 
@@ -49,7 +58,16 @@ def test_a_real_encoder_comes_close_to_its_own_answer_for_30_seconds(shared: Pat
     rows = [row for row in json.loads((folder / "labels.json").read_text()) if row["speaker"] == "F03"]
     heard = probe_durations([Utterance(str(folder / row["audio"]), row["text"], i) for i, row in enumerate(rows[:4])])
     found = align_audio_context(
-        with_lora(real_model), heard, SHORT, 80, steps=10, batch_size=4, learning_rate=2e-3, precision="fp32", seed=1
+        with_lora(real_model),
+        heard,
+        SHORT,
+        80,
+        steps=10,
+        batch_size=4,
+        at_once=4,
+        learning_rate=2e-3,
+        precision="fp32",
+        seed=1,
     )
     assert found.before > 0.1 and found.after < 0.6 * found.before
 
@@ -74,9 +92,17 @@ def test_the_fit_is_learnt_in_16_bits_too(tiny_model: Path, rows: list[Utterance
     # Autocast copies weights to 16 bits once for as long as it lasts: in one block around all steps, nothing is learnt.
     model = with_lora(tiny_model, "all-linear")
     found = align_audio_context(
-        model, rows[:4], SHORT, 80, steps=20, batch_size=4, learning_rate=1e-2, precision="bf16", seed=1
+        model, rows[:4], SHORT, 80, steps=20, batch_size=4, at_once=4, learning_rate=1e-2, precision="bf16", seed=1
     )
     assert found.after < 0.9 * found.before
+
+
+def test_clips_seen_one_at_a_time_teach_the_same(tiny_model: Path, rows: list[Utterance]) -> None:
+    models = [with_lora(tiny_model), with_lora(tiny_model)]
+    found = [align(model, rows, steps=4, at_once=at_once) for model, at_once in zip(models, (4, 1), strict=True)]
+    assert found[0].after == pytest.approx(found[1].after, rel=1e-4)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_encoder_s_trainable_weights_move(tiny_model: Path, rows: list[Utterance]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from resonance.errors import OutOfMemoryError
 from resonance.finetune import finetune
 from resonance.model.rungs import Rung, below
 from resonance.model.runs import read_events
-from resonance.train import build
+from resonance.train import alignment, build
 from resonance.train.trainer import WhisperTrainer
 
 SETTINGS: dict[str, Any] = {
@@ -197,6 +198,45 @@ def test_an_evaluation_that_runs_out_is_repeated_in_smaller_batches_and_not_skip
     assert sorted(scores[1]) == [2, 4] and scores[0] == pytest.approx(scores[1])
     for name, weight in weights(unbroken).items():
         torch.testing.assert_close(weights(broken)[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_fitting_the_audio_context_comes_down_too_and_teaches_the_same(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = alignment._differences
+
+    def trained(name: str, memory: Memory) -> Path:
+        def differences(*given: Any) -> Iterator[torch.Tensor]:
+            parts = real(*given)
+            while True:
+                memory.kept = 0  # backward has freed what the part before kept
+                with torch.autograd.graph.saved_tensors_hooks(memory.pack, lambda tensor: tensor):
+                    part = next(parts, None)
+                if part is None:
+                    return
+                yield part
+
+        monkeypatch.setattr(alignment, "_differences", differences)
+        return run(name, context_alignment_steps=3)
+
+    whole = Memory()
+    unbroken = trained("whole", whole)
+    assert whole.most > 0
+    broken = trained("small", Memory(0.6 * whole.most))
+    assert [(row["step"], row["per_device_train_batch_size"]) for row in full_events(broken)] == [(0, 4)]
+    for name, weight in weights(unbroken).items():
+        torch.testing.assert_close(weights(broken)[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_find_no_room_end_with_what_to_do(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    def load(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(build, "load_base", load)
+    with pytest.raises(OutOfMemoryError, match=rf"weights of {re.escape(str(tiny_model))}.*nvidia-smi.*--use_4bit"):
+        run("nothing")
 
 
 def test_the_last_rung_ends_with_what_was_tried_and_what_would_fit(run: Callable[..., Path], tmp_path: Path) -> None:

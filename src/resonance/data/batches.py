@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from resonance.data.audio import read_audio
 from resonance.data.audio_context import AudioContext
 from resonance.data.augment import Augmentation, mask_features, vary_clip
+from resonance.data.feature_cache import FeatureCache, Features, padded
 from resonance.data.features import log_mel
 from resonance.data.manifest import Utterance
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer, TokenPair
@@ -38,9 +39,9 @@ class Draw(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """One decoded row."""
+    """One row, decoded or with its features from the cache."""
 
-    audio: np.ndarray  # float32 [samples] at 16 kHz
+    audio: np.ndarray | Features  # float32 [samples] at 16 kHz, or what was computed from it
     tokens: TokenPair
     masks: Augmentation | None  # SpecAugment to apply to its features
     mask_seed: int
@@ -48,7 +49,10 @@ class Clip(NamedTuple):
 
 
 class ClipDataset(Dataset[Clip]):
-    """Rows decoded when they are asked for: nothing is kept, so memory does not grow with the data."""
+    """Rows decoded when they are asked for: nothing is kept in memory, so it does not grow with the data.
+
+    With a `cache`, their features come from it, and augmentation can only hide parts of them.
+    """
 
     def __init__(
         self,
@@ -57,11 +61,13 @@ class ClipDataset(Dataset[Clip]):
         *,
         augmentation: Augmentation | None = None,
         timestamp_fraction: float = 0.0,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
         self.augmentation = augmentation
         self.timestamp_fraction = timestamp_fraction
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,10 +78,10 @@ class ClipDataset(Dataset[Clip]):
         random = np.random.default_rng((seed, index))
         # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
         timestamps = bool(row.segments) and random.random() < self.timestamp_fraction
-        audio = read_audio(row.audio, row.start, row.end)
+        audio = self.cache.features(row) if self.cache else read_audio(row.audio, row.start, row.end)
         if self.augmentation:
             longest = min(longest / (1 - self.augmentation.speed), self.augmentation.max_seconds)
-            if not timestamps:
+            if not timestamps and not isinstance(audio, Features):
                 audio = vary_clip(audio, self.augmentation, random)
         tokens = self.tokenizer.encode(row, timestamps=timestamps)
         if not counts:
@@ -151,7 +157,7 @@ class Collator:
         features = batch_features([clip.audio for clip in clips], self.context, self.n_mels, longest)
         for i, clip in enumerate(clips):
             if clip.masks:
-                frames = min(features.shape[-1], len(clip.audio) // HOP_LENGTH)
+                frames = min(features.shape[-1], samples_of(clip.audio) // HOP_LENGTH)
                 random = np.random.default_rng(clip.mask_seed)
                 features[i] = mask_features(features[i], frames, clip.masks, random)
         return {
@@ -162,15 +168,26 @@ class Collator:
 
 
 def batch_features(
-    clips: Sequence[np.ndarray], context: AudioContext, n_mels: int, at_least_seconds: float = 0.0
+    clips: Sequence[np.ndarray | Features], context: AudioContext, n_mels: int, at_least_seconds: float = 0.0
 ) -> torch.Tensor:
-    """Features of clips float32 [samples] at their common audio context, float32 [batch, n_mels, 2 * positions]."""
-    longest = max(len(clip) for clip in clips)
+    """Clips at their common audio context, float32 [batch, n_mels, 2 * positions].
+
+    clips: float32 [samples] each, or the features of each.
+    """
+    longest = max(samples_of(clip) for clip in clips)
     positions = context.positions(max(longest / SAMPLE_RATE, at_least_seconds))
+    frames = positions * FRAMES_PER_POSITION
+    known = [clip for clip in clips if isinstance(clip, Features)]
+    if known:
+        return padded(known, frames)
     samples = np.zeros((len(clips), positions * SAMPLES_PER_POSITION), dtype=np.float32)
     for row, clip in zip(samples, clips, strict=True):
         row[: len(clip)] = clip[: len(row)]
-    return log_mel(torch.from_numpy(samples), positions * FRAMES_PER_POSITION, n_mels)
+    return log_mel(torch.from_numpy(samples), frames, n_mels)
+
+
+def samples_of(clip: np.ndarray | Features) -> int:
+    return clip.samples if isinstance(clip, Features) else len(clip)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:

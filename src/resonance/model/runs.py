@@ -3,6 +3,7 @@
 config.yaml  the resolved settings      checkpoints/  to resume from
 events.jsonl every log row              adapter/ or model/  the result, written last
 runs/        TensorBoard                report.html   by `resonance evaluate`
+features/    with --feature_cache disk: what the model sees of the recordings; may be deleted
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def held_out_rows(self) -> Path:
         return self.path / "data" / "held_out.json"
+
+    @property
+    def features(self) -> Path:
+        return self.path / "features"
 
     @property
     def result(self) -> Path | None:

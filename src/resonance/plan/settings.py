@@ -11,6 +11,7 @@ from resonance.config_types import ALL_LINEAR
 from resonance.messages import _
 from resonance.plan.choose import Plan
 from resonance.plan.devices import Device
+from resonance.plan.feature_cache import feature_cache
 from resonance.units import GIBIBYTE, MEBIBYTE, POSITIONS_PER_SECOND
 
 
@@ -72,6 +73,7 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
             ),
         ),
         choice("dataloader_num_workers", workers(config, device), _("prepare audio while the model computes")),
+        choice("feature_cache", *features_of(plan, config)),
     ]
     if plan.eval_steps:
         chosen += [
@@ -131,6 +133,22 @@ def context_reason(plan: Plan) -> str:
         return _("computes 30 s for every recording, however short")
     seconds = plan.context.positions(min(plan.rung.max_audio_len, plan.recordings.longest)) / POSITIONS_PER_SECOND
     return _("computes as long as the recordings are: up to {seconds:.1f} s of Whisper's 30").format(seconds=seconds)
+
+
+def features_of(plan: Plan, config: TrainConfig) -> tuple[str, str]:
+    """Whether features are kept on disk, and why."""
+    if not config.model_fields_set.isdisjoint({"feature_cache", "feature_cache_dir"}):
+        return config.feature_cache, _("as you gave it")
+    learnt = plan.steps * plan.rung.effective_batch
+    return feature_cache(
+        config,
+        plan.device,
+        plan.recordings,
+        plan.shape.num_mel_bins,
+        passes=learnt / plan.recordings.clips,
+        clips_per_second=learnt / plan.duration.training,
+        workers=workers(config, plan.device),
+    )
 
 
 def workers(config: TrainConfig, device: Device) -> int:

@@ -12,7 +12,7 @@ Measured on whisper-base's encoder, speaker F03 of TORGO, 83 recordings never se
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def align_audio_context(
     *,
     steps: int,
     batch_size: int,
+    at_once: int,
     learning_rate: float,
     precision: Precision,
     seed: int,
@@ -65,7 +66,8 @@ def align_audio_context(
     """Fit `trainable_encoder(model)` at `context` to what `model` gives for the full window now; a few batches of `rows`.
 
     `model` must not have been trained yet: its own outputs are the targets. Of `rows`, a random choice of at most
-    ALIGNED_SECONDS is used. The same seed gives the same weights, and the global random state is left alone.
+    ALIGNED_SECONDS is used. One update sees `batch_size` of them, `at_once` of them at a time: that decides the memory, and
+    nothing else. The same seed gives the same weights, and the global random state is left alone.
     """
     encoder = unwrap(model).model.encoder
     weights = trainable_encoder(model)
@@ -79,8 +81,9 @@ def align_audio_context(
         return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def mean_difference() -> float:
-        with torch.no_grad(), autocast():
-            return float(torch.stack([_difference(encoder, batch) for batch in batches]).mean())
+        with torch.no_grad():
+            parts = (part for batch in batches for part in _differences(encoder, batch, at_once, autocast))
+            return sum(map(float, parts)) / len(batches)
 
     with autocast():
         batches = _batches(encoder, _choose(rows, chance), context, n_mels, batch_size)
@@ -93,10 +96,9 @@ def align_audio_context(
     order: list[_Batch] = []
     for _step in range(steps):
         order = order or chance.sample(batches, len(batches))
-        with autocast():
-            loss = _difference(encoder, order.pop())
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for loss in _differences(encoder, order.pop(), at_once, autocast):
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         scaler.step(optimizer)
@@ -140,7 +142,13 @@ def _batches(
     return batches
 
 
-def _difference(encoder: Any, batch: _Batch) -> torch.Tensor:
+def _differences(
+    encoder: Any, batch: _Batch, at_once: int, autocast: Callable[[], torch.autocast]
+) -> Iterator[torch.Tensor]:
+    """The difference of a batch in parts that add up to it, `at_once` clips each."""
     target = batch.target.float()
-    hidden = encoder(batch.features).last_hidden_state.float()
-    return torch.nn.functional.mse_loss(hidden, target) / target.var()
+    scale = target.numel() * target.var()
+    for features, wanted in zip(torch.split(batch.features, at_once), torch.split(target, at_once), strict=True):
+        with autocast():
+            hidden = encoder(features).last_hidden_state.float()
+        yield torch.nn.functional.mse_loss(hidden, wanted, reduction="sum") / scale

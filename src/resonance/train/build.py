@@ -10,9 +10,12 @@ from resonance.config import TrainConfig
 from resonance.data.audio_context import AudioContext
 from resonance.data.augment import Augmentation
 from resonance.data.batches import ClipDataset, Collator
+from resonance.data.feature_cache import FeatureCache
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
+from resonance.errors import RunFolderError
 from resonance.evaluate.metrics import score
 from resonance.evaluate.normalize import normalizer_for
+from resonance.messages import _
 from resonance.model import lora, runs
 from resonance.model.load import Whisper, load_whisper
 from resonance.model.precision import DTYPES, training_precision
@@ -73,6 +76,7 @@ def build_trainer(
         mask_feature_prob=config.mask_feature_prob if config.apply_spec_augment else 0.0,
         mask_feature_length=config.mask_feature_length,
     )
+    cache = feature_cache(config, run, whisper.n_mels)
     metric = best_metric(config, normalizer_for(language).unit)
     precision = training_precision(config.precision, whisper.model.device)
     eos = whisper.tokenizer.eos_token_id
@@ -103,9 +107,13 @@ def build_trainer(
             config, run.checkpoints, precision, metric=metric if rows.held_out else None, train_rows=len(rows.train)
         ),
         train_dataset=ClipDataset(
-            rows.train, tokenizer, augmentation=augmentation, timestamp_fraction=config.timestamp_fraction
+            rows.train,
+            tokenizer,
+            augmentation=augmentation,
+            timestamp_fraction=config.timestamp_fraction,
+            cache=cache,
         ),
-        eval_dataset=ClipDataset(rows.held_out, tokenizer) if rows.held_out else None,
+        eval_dataset=ClipDataset(rows.held_out, tokenizer, cache=cache) if rows.held_out else None,
         data_collator=Collator(context, whisper.n_mels, eos),
         compute_metrics=metrics,
         callbacks=callbacks,
@@ -116,3 +124,19 @@ def build_trainer(
         label_smoothing=config.label_smoothing_factor,
         keep_checkpoints=config.save_total_limit,
     )
+
+
+def feature_cache(config: TrainConfig, run: runs.RunFolder, n_mels: int) -> FeatureCache | None:
+    """Where features are kept, if they are. Raises RunFolderError where that folder cannot be written."""
+    if config.feature_cache == "none":
+        return None
+    folder = config.feature_cache_dir or run.features
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            _("Features cannot be kept in {folder}: {reason}. Choose another --feature_cache_dir.").format(
+                folder=folder, reason=error.strerror or error
+            )
+        ) from error
+    return FeatureCache(folder, n_mels)
