@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,45 @@ def test_a_driver_without_a_gpu_is_no_gpu(table: str) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
 def test_the_gpu_of_this_machine_is_found_through_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3060, 12288, 11000, 8.6'\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program.write_text(
+        """#!/bin/sh
+case "$*" in
+  *--id=1*) echo 'Tesla T4, 15360, 15000, 7.5' ;;
+  *) echo 'NVIDIA GeForce RTX 3060, 12288, 11000, 8.6' ;;
+esac
+"""
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     found = devices.find()
     assert found.here and found.kind == "cuda" and found.free == 11000 * MEBIBYTE
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
+        assert devices.find().kind != "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert devices.find().name == "Tesla T4"
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert devices.find().kind != "cuda"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 9\n")
     assert devices.find().kind != "cuda"
+
+
+@pytest.mark.parametrize("names", [("memory.{}", "max", "current"), ("memory/memory.{}_in_bytes", "limit", "usage")])
+def test_a_container_has_the_memory_that_it_is_given(names: tuple[str, str, str], tmp_path: Path) -> None:
+    pattern, limit, used = names
+    (tmp_path / "memory").mkdir()
+    (tmp_path / pattern.format(limit)).write_text(f"{8 * GIBIBYTE}\n")
+    (tmp_path / pattern.format(used)).write_text(f"{5 * GIBIBYTE}\n")
+    (tmp_path / pattern.format(limit)).with_name("memory.stat").write_text(f"anon 7\ninactive_file {GIBIBYTE}\n")
+    assert devices.container_memory(tmp_path) == (8 * GIBIBYTE, 4 * GIBIBYTE)
+
+
+def test_a_machine_without_limits_has_all_its_memory(tmp_path: Path) -> None:
+    assert devices.container_memory(tmp_path)[0] >= 1 << 60
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert devices.container_memory(tmp_path)[0] >= 1 << 60

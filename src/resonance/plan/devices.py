@@ -8,7 +8,10 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -17,6 +20,7 @@ from resonance.errors import ConfigError
 from resonance.messages import _
 from resonance.units import GIBIBYTE, MEBIBYTE
 
+CGROUP = Path("/sys/fs/cgroup")
 QUERY_SECONDS = 20.0  # nvidia-smi takes some seconds where no process holds the driver
 # Matrix products that a processor core can be counted on for, in float32: 16 multiply-adds a cycle at 2.5 GHz.
 CPU_CORE_FLOPS = 16 * 2 * 2.5e9
@@ -119,26 +123,52 @@ def named(text: str) -> Device:
 
 def find() -> Device:
     """This machine's first NVIDIA GPU, Apple GPU or processor."""
-    return replace(_nvidia() or _apple() or processor(), here=True)
+    nvidia = None if metadata.version("torch").endswith("+cpu") else _nvidia()  # a build that knows no GPU
+    return replace(nvidia or _apple() or processor(), here=True)
 
 
 def processor() -> Device:
     memory = psutil.virtual_memory()
+    limit, left = container_memory(CGROUP)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     name = _("processor, {cores} cores").format(cores=cores)
-    return Device("cpu", name, memory.total, memory.available, cores * CPU_CORE_FLOPS, 20e9)
+    return Device(
+        "cpu", name, min(memory.total, limit), min(memory.available, left), cores * CPU_CORE_FLOPS, bandwidth=20e9
+    )
+
+
+def container_memory(folder: Path) -> tuple[int, int]:
+    """Limit of the control group that this process runs in, and what is left below it: a container may have less memory
+    than its machine. Without a limit both are sys.maxsize.
+
+    Files of Linux's cgroup v2 and v1. The file cache, which the kernel gives back, counts as free.
+    """
+    for limit_name, used_name, stat_name in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / stat_name).read_text(), re.MULTILINE)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return limit, max(0, limit - used + (int(cache[1]) if cache else 0))
+    return sys.maxsize, sys.maxsize
 
 
 def _nvidia() -> Device | None:
-    """The GPU as nvidia-smi describes it: asking torch would take seconds."""
+    """The GPU as nvidia-smi describes it: asking torch would take seconds. Of several the first that programs may use."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()  # indices or UUIDs
+    if program is None or visible in ("", "-1"):
         return None
-    query = "--query-gpu=name,memory.total,memory.free,compute_cap"
+    query = [
+        "--query-gpu=name,memory.total,memory.free,compute_cap",
+        "--format=csv,noheader,nounits",
+        f"--id={visible}",
+    ]
     try:
-        done = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=QUERY_SECONDS
-        )
+        done = subprocess.run([program, *query], capture_output=True, text=True, timeout=QUERY_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return read_nvidia(done.stdout) if done.returncode == 0 else None
