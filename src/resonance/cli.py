@@ -18,9 +18,17 @@ from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
-from resonance.errors import ConfigError, Interrupted, ResonanceError
+from resonance.errors import (
+    ConfigError,
+    ElsewhereError,
+    Interrupted,
+    LostContactError,
+    ResonanceError,
+    SmallerSettingsError,
+)
 from resonance.messages import _
 from resonance.passthrough import FALSE_WORDS
+from resonance.ranks import FAILURE_FILE, ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +58,13 @@ def run(argv: list[str]) -> int:
 
 
 def report_error(error: ResonanceError) -> int:
+    """Say it and return the exit code. Of several processes, the one that has the error says it."""
+    mine = ranks()
     text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
-    print(text, file=sys.stderr)
+    if mine.main or not isinstance(error, (Interrupted, ElsewhereError)):
+        print(text if mine.main else f"[{mine.rank}] {text}", file=sys.stderr)
+    if FAILURE_FILE in os.environ and not isinstance(error, (LostContactError, SmallerSettingsError)):
+        Path(os.environ[FAILURE_FILE]).write_text(str(error.exit_code), encoding="utf-8")  # it would happen again
     return error.exit_code
 
 
@@ -127,12 +140,25 @@ def overview() -> str:
 
 
 def train(argv: list[str]) -> int:
+    mine = ranks()
+    if mine.world > 1:  # DeepSpeed's launcher adds a flag of its own
+        argv = [flag for flag in argv if not flag.startswith(("--local_rank=", "--local-rank="))]
     config = parse(TrainConfig, with_saved_settings(argv), "resonance train")
+    console = plain_console()
+    if mine.world == 1 and max(config.nproc, config.nnodes) > 1:
+        from resonance.launch.processes import run_processes
+
+        return run_processes(config, argv, console)
+    if mine.restarts:
+        if Path(os.environ.get(FAILURE_FILE, "")).is_file():  # of the attempt before
+            return int(Path(os.environ[FAILURE_FILE]).read_text(encoding="utf-8"))
+        config = config.model_copy(update={"resume": True})
     from resonance.finetune import finetune
     from resonance.model.runs import RunFolder
 
-    console = plain_console()
     folder = finetune(config, console)
+    if not mine.main:
+        return 0
     console.print(_("The result is in {folder}. Next:").format(folder=folder), soft_wrap=True)
     run = shlex.quote(str(config.output_dir))
     test = "" if RunFolder(config.output_dir).held_out_rows.exists() else " --test_file labels.json"

@@ -64,6 +64,7 @@ class TrainConfig(BaseModel):
         "audio_context": "Audio context",
         "apply_spec_augment": "Augmentation",
         "output_dir": "Training",
+        "nproc": "Several GPUs or machines",
         "use_wandb": "Logging",
     }
     aliases: ClassVar[dict[str, str | Switch]] = {
@@ -221,6 +222,17 @@ class TrainConfig(BaseModel):
     """Choose the settings that are left out: those that fit the recordings and this machine, as resonance plan says."""
     resume: bool = False
     """Continue the run in output_dir where it stopped."""
+
+    nproc: Count = 1
+    """Processes on this machine that train together, one for each GPU. The effective batch is as many times larger."""
+    nnodes: Count = 1
+    """Machines that train together. Start the same command on each, with its own node_rank."""
+    node_rank: int = Field(0, ge=0)
+    """Number of this machine among them, from 0."""
+    rdzv: str | None = Field(None, min_length=1)
+    """Where the machines meet: address and port of the one with node_rank 0, such as 10.0.0.1:29400."""
+    max_restarts: int = Field(3, ge=0)
+    """How often a training of several processes is started again, from its last checkpoint, when one of them dies."""
 
     use_wandb: bool = False
     """Send the log to Weights & Biases too. Needs an account there and the wandb package."""

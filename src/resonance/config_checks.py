@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Pro
                 "its value. Give warmup_steps 0.1 for a tenth of all steps."
             ).format(warmup=c.warmup_steps, steps=c.max_steps),
         )
+    yield from _machine_problems(c)
     if c.wandb_project is not None and not c.use_wandb:
         yield (
             ("wandb_project", "use_wandb"),
@@ -91,6 +93,28 @@ def _english_only_problems(c: TrainConfig) -> Iterator[Problem]:
             ("model_name_or_path", "task"),
             _("{model} knows only English and cannot translate. Give the model without .en at its end.").format(
                 model=c.model_name_or_path
+            ),
+        )
+
+
+def _machine_problems(c: TrainConfig) -> Iterator[Problem]:
+    if c.rdzv is None and c.nnodes > 1:
+        yield (
+            ("nnodes", "rdzv"),
+            _("nnodes {count} needs rdzv: address and port where the machines meet, such as 10.0.0.1:29400.").format(
+                count=c.nnodes
+            ),
+        )
+    elif c.rdzv is not None and not re.fullmatch(r".+:\d+", c.rdzv):
+        yield (
+            ("rdzv",),
+            _("rdzv {value} is not an address with a port, such as 10.0.0.1:29400.").format(value=c.rdzv),
+        )
+    if c.node_rank >= c.nnodes:
+        yield (
+            ("node_rank", "nnodes"),
+            _("node_rank {rank} is not below nnodes {count}: the machines are counted from 0.").format(
+                rank=c.node_rank, count=c.nnodes
             ),
         )
 

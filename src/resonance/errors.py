@@ -58,6 +58,22 @@ class OutOfMemoryError(ResonanceError):
     """The device has too little memory for the settings."""
 
 
+class SmallerSettingsError(ResonanceError):
+    """Memory ran out in one of several processes. Smaller settings are saved: started again, the training goes on with them."""
+
+
+class LostContactError(ResonanceError):
+    """Another process of the training has ended or does not answer. Started again, the training goes on."""
+
+
+class ElsewhereError(ResonanceError):
+    """Another process of the training has said what is wrong."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
+
+
 class Interrupted(ResonanceError):  # noqa: N818 - not a fault: somebody asked the command to stop
     """SIGINT or SIGTERM arrived; what can be saved has been saved. `exit_code` is 128 + the signal's number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from resonance.model.sizes import WhisperShape, shape_from_config
 from resonance.plan.command import planned
 from resonance.plan_learning import learn
 from resonance.progress_bar import progress_bar
-from resonance.train import alignment, build, ladder, progress, resume
+from resonance.ranks import Ranks
+from resonance.train import alignment, build, ladder, progress, resume, together
 from resonance.train.result import describe, save_result
 from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
 from resonance.train.trainer import WhisperTrainer
@@ -32,70 +34,90 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     """Train as `config` says and return the adapter (or model) folder.
 
     Everything that can be wrong with settings, recordings and transcripts is found before training starts, and nothing
-    that another run left behind is overwritten.
+    that another run left behind is overwritten. Where several processes train together, each calls this: the main one
+    speaks and writes.
     """
-    if config.auto and not runs.RunFolder(config.output_dir).config.is_file():  # a run that has begun has its plan
-        config = planned(config, console)
-    with runs.claim(config.output_dir, resume=config.resume) as run:
+    with together.joined(config) as mine:
+        if not mine.main:
+            console = Console(quiet=True)
+        if config.auto and not runs.RunFolder(config.output_dir).config.is_file():  # a run that has begun has its plan
+            config = together.by_main(mine, lambda: planned(config, console))
+        with together.claim(config.output_dir, resume=config.resume, mine=mine) as run:
+            return train_until_it_fits(config, run, mine, console)
+
+
+def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, console: Console) -> Path:
+    """Train, with smaller settings where memory runs out."""
+    with together.agreeing(mine):
         config = ladder.resumed(config, run)
-        resume.check_settings(config, run)
+        resume.check_settings(config, run, mine.world)
         if run.result and resume.nothing_left(config, run):
             console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
             return run.result
         rows = read_rows(config, console)
         resume.check_rows(rows, run)
-        if not run.latest_checkpoint():
-            run.events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
-        steps_down = ladder.Ladder(run, console)
-        while True:
-            try:
-                result = train_once(config, rows, run, console)
-            except ladder.MemoryFull as full:
-                config = steps_down.down(config, rows, full)
-            else:
-                steps_down.report(config)
-                return result
-            ladder.release()  # here nothing holds the last attempt any more
-            rows = rows.up_to(config.max_audio_len)
+    together.check_same(mine, config, rows, run)
+    if mine.main and not run.latest_checkpoint():
+        run.events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
+    steps_down = ladder.Ladder(run, console)
+    while True:
+        try:
+            result = train_once(config, rows, run, mine, console)
+        except ladder.MemoryFull as full:
+            config = steps_down.down(config, rows, full)
+            if mine.world > 1:  # the others wait inside the step that failed here
+                raise steps_down.for_all(config) from full
+        else:
+            steps_down.report(config)
+            return result
+        ladder.release()  # here nothing holds the last attempt any more
+        rows = rows.up_to(config.max_audio_len)
 
 
-def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Console) -> Path:
+def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks, console: Console) -> Path:
     """From rows to the result folder. Raises MemoryFull, with everything saved, where these settings take too much."""
     language = config.language or guess_language([*rows.train, *rows.held_out])
     # Rows may name their own; None means several, which are told apart when transcribing.
     only = single_language([*rows.train, *rows.held_out], language)
-    with ladder.loading(config.model_name_or_path):
+    with together.agreeing(mine), ladder.loading(config.model_name_or_path):
         whisper = build.load_base(config, choose_device("cpu" if config.extra.get("use_cpu") else "auto"))
-    tokenizer = LabelTokenizer(
-        whisper.tokenizer,
-        whisper.multilingual,
-        language,
-        config.task,
-        whisper.max_label_tokens,
-        learns_language=only is None,
-    )
-    check_labels([*rows.train, *rows.held_out], tokenizer)
+        tokenizer = LabelTokenizer(
+            whisper.tokenizer,
+            whisper.multilingual,
+            language,
+            config.task,
+            whisper.max_label_tokens,
+            learns_language=only is None,
+        )
+        check_labels([*rows.train, *rows.held_out], tokenizer)
 
     set_seed(config.seed)
     model = build.choose_weights(whisper, config)
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
-    trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
+    with together.agreeing(mine):
+        trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
     announce(config, rows, only, model, trainer, console)
-    dump_yaml(config, run.config)
-    write_manifest(run.train_rows, rows.train)
-    if rows.held_out:
-        write_manifest(run.held_out_rows, rows.held_out)
+    if mine.main:
+        record(config, rows, run)
     shape = shape_from_config(whisper.model.config.to_dict())
     if not run.latest_checkpoint():
         with ladder.watching(shape):
-            align(config, rows, whisper, model, context, run.events, console)
+            align(config, rows, whisper, model, context, run.events, mine, console)
     train(trainer, run, shape, console)
     learn(config, rows, shape, trainer, run)
 
     info = describe(config, rows, whisper, trainer, only)
     name = "adapter" if info.kind == "lora" else "model"
     with quiet_libraries():
-        return save_result(run.path / name, whisper, trainer.model, info)
+        return together.by_main(mine, lambda: save_result(run.path / name, whisper, trainer.model, info))
+
+
+def record(config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:
+    """What the run is made of, for resuming it and for measuring its result."""
+    dump_yaml(config, run.config)
+    write_manifest(run.train_rows, rows.train)
+    if rows.held_out:
+        write_manifest(run.held_out_rows, rows.held_out)
 
 
 def announce(
@@ -137,6 +159,7 @@ def align(
     model: Any,
     context: AudioContext,
     events: Path,
+    mine: Ranks,
     console: Console,
 ) -> None:
     """Fit the encoder at a short audio context to what it gives for 30 s, before it learns this voice from labels."""
@@ -152,7 +175,7 @@ def align(
             context,
             whisper.n_mels,
             steps=steps,
-            batch_size=effective_batch(config, 1),
+            batch_size=effective_batch(config, mine.world),
             at_once=config.per_device_train_batch_size,
             learning_rate=alignment.LEARNING_RATE[config.finetuning],
             precision=training_precision(config.precision, whisper.model.device),
@@ -161,7 +184,8 @@ def align(
         )
     set_seed(config.seed)
     row = {"step": 0, "context_difference_before": difference.before, "context_difference": difference.after}
-    progress.append_event(events, row)
+    if mine.main:
+        progress.append_event(events, row)
     console.print(
         _(
             "Audio context: what the model hears at the length of the recordings differed from what it hears in 30 s by "
@@ -199,7 +223,7 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, shape: WhisperShape, con
             ) from error
         finally:
             line.stop()
-        if stop.received is not None:
+        if stop.agree():
             saved = trainer.save_now()
             if not measured:
                 (saved / resume.UNMEASURED_FILE).touch()
@@ -207,5 +231,5 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, shape: WhisperShape, con
                 _("Stopped at step {step}. {folder} is saved; continue with --resume.").format(
                     step=trainer.state.global_step, folder=saved
                 ),
-                stop.received,
+                stop.agreed or signal.SIGTERM,
             )

@@ -140,6 +140,25 @@ class LengthGroupedSampler(Sampler[Draw]):
             yield Draw(int(incomplete[0]), clip_seed, longest, counts=False)
 
 
+class InOrderSampler(Sampler[Draw]):
+    """All rows in their order, filled up to a multiple of `together` with draws that do not count.
+
+    `together` is the number of clips that all processes read at once. accelerate would fill up with rows that do count, and
+    the loss of their batch would be another one than in a single process.
+    """
+
+    def __init__(self, rows: int, together: int) -> None:
+        self.rows = rows
+        self.together = together
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.together) * self.together
+
+    def __iter__(self) -> Iterator[Draw]:
+        for index in range(len(self)):
+            yield Draw(min(index, self.rows - 1), 0, counts=index < self.rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Clips to one batch: features at the batch's audio context, decoder inputs and labels padded to its longest.

@@ -292,7 +292,7 @@ def choose_device(wanted: Literal["auto", "cuda", "cpu"] = "auto") -> torch.devi
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", torch.cuda.current_device())  # of several processes each has its own
     if wanted == "cuda":
         raise ModelError(
             _(

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from transformers import Seq2SeqTrainingArguments
 
-from resonance.config import TrainConfig
+from resonance.config import TrainConfig, effective_batch
 from resonance.errors import ConfigError
 from resonance.messages import _
 from resonance.model.precision import Precision
+from resonance.ranks import ranks
 
 METRIC_OF_UNIT = {"char": "cer", "word": "wer", "mixed": "mer"}
 
@@ -22,10 +23,16 @@ def best_metric(config: TrainConfig, unit: Literal["char", "word", "mixed"]) -> 
 
 
 def training_arguments(
-    config: TrainConfig, checkpoints: Path, precision: Precision, *, metric: str | None, train_rows: int
+    config: TrainConfig,
+    checkpoints: Path,
+    precision: Precision,
+    *,
+    metric: str | None,
+    train_rows: int,
+    on_cpu: bool,
 ) -> Seq2SeqTrainingArguments:
     """Arguments for Trainer. `metric` is None when nothing is held out."""
-    per_epoch = max(-(-train_rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)), 1)
+    per_epoch = max(-(-train_rows // effective_batch(config, ranks().world)), 1)
     steps = config.max_steps or max(round(per_epoch * (config.num_train_epochs or 0)), 1)
     if config.warmup_steps >= max(steps, 2):
         raise ConfigError(
@@ -41,7 +48,8 @@ def training_arguments(
     eval_steps = min(config.eval_steps, steps)
     save_steps = min(config.save_steps or eval_steps, steps)
     best = evaluates and config.load_best_model_at_end
-    return Seq2SeqTrainingArguments(
+    passed = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False} | config.extra
+    arguments = Seq2SeqTrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.num_train_epochs or 1,
@@ -79,5 +87,8 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",  # TensorBoard and W&B are added as callbacks, with their folders and projects
         run_name=config.run_name,
-        **config.extra,
+        **passed,
     )
+    # One process uses one GPU: with more, Trainer would put the model into DataParallel, which is slower than one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

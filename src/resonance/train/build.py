@@ -104,7 +104,12 @@ def build_trainer(
     return WhisperTrainer(
         model=model,
         args=training_arguments(
-            config, run.checkpoints, precision, metric=metric if rows.held_out else None, train_rows=len(rows.train)
+            config,
+            run.checkpoints,
+            precision,
+            metric=metric if rows.held_out else None,
+            train_rows=len(rows.train),
+            on_cpu=whisper.model.device.type == "cpu",
         ),
         train_dataset=ClipDataset(
             rows.train,

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from resonance.config import TrainConfig
 from resonance.data.textfile import write_text_atomic
-from resonance.errors import OutOfMemoryError
+from resonance.errors import OutOfMemoryError, SmallerSettingsError
 from resonance.messages import _
 from resonance.model.memory import predict
 from resonance.model.precision import training_precision
@@ -57,7 +57,7 @@ LEFT_OUT = 0.1  # share of the recordings that shorter audio may cost
 
 
 class MemoryFull(Exception):  # noqa: N818 - control flow: it is answered by the next rung
-    """Memory ran out in `phase` at `step`; the run has been saved as it was before."""
+    """Memory ran out in `phase` at `step`; a single process has saved the run as it was before."""
 
     def __init__(self, phase: Phase, step: int, shape: WhisperShape) -> None:
         self.phase: Phase = phase
@@ -143,19 +143,13 @@ def watching(
             raise
         if trainer is None:
             raise MemoryFull("training", 0, shape) from None
-        if trainer.args.world_size > 1:  # the other ranks wait inside this step
-            raise OutOfMemoryError(
-                _(
-                    "The GPU has too little memory for these settings. Continue with --resume and half of "
-                    "--per_device_train_batch_size with twice the --gradient_accumulation_steps, which trains the same, or "
-                    "with --gradient_checkpointing."
-                )
-            ) from error
         phase: Phase = "evaluation" if trainer.evaluating else "training"
         full = MemoryFull(phase, trainer.state.global_step, shape)
         traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors, and saving needs room
     else:
         return
+    if trainer.args.world_size > 1:  # the other processes wait inside this step, and saving takes all of them
+        raise full
     trainer.model.zero_grad(set_to_none=True)
     release()
     if not (start and start.updating):  # some optimisers change tensor by tensor: back to the last checkpoint then
@@ -220,6 +214,15 @@ class Ladder:
         write_text_atomic(self.run.path / FITTED_FILE, [json.dumps(fitted, indent=1)])
         return config
 
+    def for_all(self, config: TrainConfig) -> SmallerSettingsError:
+        """What one of several processes ends with: all have to be started again with the settings that are saved now."""
+        return SmallerSettingsError(
+            _(
+                "Out of memory. {settings} are saved in {path}: started again with --resume, the training goes on from its "
+                "last checkpoint with them."
+            ).format(settings=flags(config), path=self.run.path / FITTED_FILE)
+        )
+
     def report(self, config: TrainConfig) -> None:
         """Which settings fitted, so that the next training begins with them."""
         if self.tried:
@@ -270,7 +273,7 @@ class Ladder:
 
 def resumed(config: TrainConfig, run: RunFolder) -> TrainConfig:
     """`config` with the settings that an earlier part of the run came down to, whatever the command line repeats."""
-    if not config.resume or run.latest_checkpoint() is None or not (run.path / FITTED_FILE).is_file():
+    if not config.resume or not (run.path / FITTED_FILE).is_file():
         return config
     fitted = json.loads((run.path / FITTED_FILE).read_text(encoding="utf-8"))
     return config.model_copy(update={name: fitted[name] for name in CHANGED if name in fitted})

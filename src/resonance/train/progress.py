@@ -22,6 +22,7 @@ from resonance.data.textfile import write_text_atomic
 from resonance.errors import MissingExtraError
 from resonance.messages import _
 from resonance.model.runs import RunFolder, read_events
+from resonance.train import together
 
 
 class EventLog(TrainerCallback):  # type: ignore[misc]
@@ -132,10 +133,14 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Turns SIGINT and SIGTERM into a checkpoint and a clean end after the step under way."""
+    """Turns SIGINT and SIGTERM into a checkpoint and a clean end after the step under way.
+
+    Of several processes all stop after the same step, also where only some have received the signal.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed: int | None = None  # what all of them know of
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -161,14 +166,19 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def agree(self) -> bool:
+        """Whether to stop. Every process asks after the same steps."""
+        self.agreed = together.largest(self.received or 0) or None
+        return self.agreed is not None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self.agree():
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self.agree():
             raise StopNow
 
 

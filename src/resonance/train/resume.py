@@ -41,17 +41,21 @@ FREE = frozenset(
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is compared
         *("per_device_eval_batch_size", "dataloader_num_workers", "gradient_checkpointing"),
         *("use_wandb", "wandb_project", "run_name"),
+        *("nproc", "nnodes", "node_rank", "rdzv", "max_restarts"),
     }
 )
 
 
-def check_settings(config: TrainConfig, run: RunFolder) -> None:
+def check_settings(config: TrainConfig, run: RunFolder, processes: int) -> None:
     """Raise ConfigError naming the settings that differ from those of the checkpoints in `run`."""
-    if run.latest_checkpoint() is None or not run.config.is_file():
+    latest = run.latest_checkpoint()
+    if latest is None or not run.config.is_file():
         return
     lines = [
         _("  {name}: {before} before, {now} now").format(name=name, before=before, now=now)
-        for name, before, now in _differences(load_yaml(TrainConfig, run.config), config)
+        for name, before, now in _differences(
+            load_yaml(TrainConfig, run.config), config, processes_of(latest), processes
+        )
     ]
     if lines:
         head = _(
@@ -61,14 +65,21 @@ def check_settings(config: TrainConfig, run: RunFolder) -> None:
         raise ConfigError(["\n".join([head, *lines])])
 
 
-def _differences(saved: TrainConfig, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+def processes_of(checkpoint: Path) -> int:
+    """How many processes trained together when it was written: each leaves its random state there."""
+    return max(1, len([*checkpoint.glob("rng_state_*.pth")]))
+
+
+def _differences(
+    saved: TrainConfig, config: TrainConfig, processes_before: int, processes: int
+) -> Iterator[tuple[str, Any, Any]]:
     for name in TrainConfig.model_fields:
         before, now = getattr(saved, name), getattr(config, name)
         if name not in FREE and before != now:
             yield name, before, now
-    before, now = effective_batch(saved, 1), effective_batch(config, 1)
+    before, now = effective_batch(saved, processes_before), effective_batch(config, processes)
     if before != now:
-        yield "per_device_train_batch_size x gradient_accumulation_steps", before, now
+        yield "per_device_train_batch_size x gradient_accumulation_steps x processes", before, now
 
 
 def check_rows(rows: Rows, run: RunFolder) -> None:

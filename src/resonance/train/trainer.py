@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PrinterCallback, Seq2SeqTrainer, TrainerCallback
+from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from resonance.data.batches import ClipDataset, LengthGroupedSampler
+from resonance.data.batches import ClipDataset, InOrderSampler, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
@@ -76,6 +76,11 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:
         return self.sampler
 
+    def _get_eval_sampler(self, eval_dataset: ClipDataset) -> InOrderSampler:
+        world = self.args.world_size
+        together = self.args.eval_batch_size * world if world > 1 else 1
+        return InOrderSampler(len(eval_dataset), together)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         with self.meter.waiting(), clean_worker_errors():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -102,7 +107,8 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.evaluating = True
         with self.meter.pausing(), clean_worker_errors():
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            # Not Seq2SeqTrainer's: of several processes it counts the rows twice that fill up the last batches.
+            metrics: dict[str, float] = Trainer.evaluate(self, *args, **kwargs)
         self.evaluating = False
         return metrics
 

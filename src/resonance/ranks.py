@@ -1,0 +1,64 @@
+"""Which of the processes that train together this one is, as torchrun, accelerate, DeepSpeed's launcher or Slurm say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FAILURE_FILE = (
+    "RESONANCE_FAILURE_FILE"  # environment: where a process leaves the exit code of a failure that would repeat
+)
+PORT_BASE, PORT_RANGE = 20_000, 20_000  # for Slurm, which names no port
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # among those of this machine, which decides its GPU
+    restarts: int = 0  # how often torchrun has started all of them again
+
+    @property
+    def main(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+
+def ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Of this process; alone where nothing says otherwise."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Ranks(
+            int(environment["RANK"]),
+            int(environment["WORLD_SIZE"]),
+            int(environment.get("LOCAL_RANK", 0)),
+            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:  # inside srun
+        return Ranks(
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment.get("SLURM_LOCALID", 0)),
+        )
+    return Ranks()
+
+
+def meeting_point(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What torch needs to find the other processes and the environment does not hold yet: Slurm's names, translated."""
+    mine = ranks(environment)
+    found = {"RANK": str(mine.rank), "WORLD_SIZE": str(mine.world), "LOCAL_RANK": str(mine.local)}
+    if "MASTER_ADDR" not in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        found["MASTER_ADDR"] = first_host(nodes) or "127.0.0.1"
+    if "MASTER_PORT" not in environment:
+        found["MASTER_PORT"] = str(PORT_BASE + int(environment.get("SLURM_JOB_ID", 0)) % PORT_RANGE)
+    return {name: value for name, value in found.items() if environment.get(name) != value}
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list: `gpu[03-05,09],login1` gives `gpu03`."""
+    name = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    return "".join(part or "" for part in name.groups()) if name else ""
