@@ -157,6 +157,12 @@ def recordings(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def recordings_in() -> Callable[[Path, int], Path]:
+    """A function that writes so many recordings of 0.4 to 1.2 s into a folder and returns its labels.json."""
+    return lambda folder, count: write_recordings(folder, count, (0.4, 1.2))
+
+
 def write_recordings(folder: Path, count: int, seconds: tuple[float, float]) -> Path:
     (folder / "audio").mkdir(parents=True)
     random = np.random.default_rng(0)

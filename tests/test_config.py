@@ -203,7 +203,7 @@ def transformers_folder() -> Path:
         ("neftune_noise_alpha", "5", 5.0),
         ("lr_scheduler_kwargs", '{"num_cycles": 2}', {"num_cycles": 2}),
         ("lr_scheduler_kwargs", {"num_cycles": 2}, {"num_cycles": 2}),
-        ("deepspeed", "zero2.json", "zero2.json"),
+        ("project", "voices", "voices"),
         ("optim_target_modules", "all-linear", "all-linear"),
         ("optim_target_modules", "attn, mlp", ["attn", "mlp"]),
         ("include_for_metrics", "loss", ["loss"]),

@@ -333,6 +333,11 @@ OTHER_VALUES: dict[str, Any] = {
     "load_best_model_at_end": False,
     "quantization": "4bit",
     "finetuning": "lora",  # its other values exclude quantization
+    "deepspeed": "zero1",
+    "fsdp": False,  # excludes deepspeed
+    "nnodes": 3,
+    "node_rank": 2,
+    "rdzv": "10.0.0.1:29400",
     "json_file": None,  # excludes train_file
     "num_train_epochs": 1 / 3,
     "learning_rate": 1e-05,
@@ -361,7 +366,7 @@ def test_every_setting_comes_back_from_a_dumped_config(tmp_path: Path) -> None:
     default = train()
     config = TrainConfig.model_validate({name: another_value(name, default) for name in TrainConfig.model_fields})
     same = [name for name in TrainConfig.model_fields if getattr(config, name) == getattr(default, name)]
-    assert same == ["json_file", "feature_cache_dir", "feature_cache", "finetuning"]
+    assert same == ["json_file", "feature_cache_dir", "feature_cache", "finetuning", "fsdp"]
     for one in (
         config,
         default,

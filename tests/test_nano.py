@@ -11,7 +11,8 @@ import pytest
 
 from resonance.cli import plain_console, run
 from resonance.demo import SPEAKER, demo
-from resonance.model.runs import COMPLETE_FILE, RunFolder
+from resonance.model.checkpoints import COMPLETE_FILE
+from resonance.model.runs import RunFolder
 
 FLAGS = [
     "--target_modules=all-linear",

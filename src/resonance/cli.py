@@ -145,7 +145,7 @@ def train(argv: list[str]) -> int:
         argv = [flag for flag in argv if not flag.startswith(("--local_rank=", "--local-rank="))]
     config = parse(TrainConfig, with_saved_settings(argv), "resonance train")
     console = plain_console()
-    if mine.world == 1 and max(config.nproc, config.nnodes) > 1:
+    if config.in_processes and not mine.launched:
         from resonance.launch.processes import run_processes
 
         return run_processes(config, argv, console)
@@ -153,6 +153,9 @@ def train(argv: list[str]) -> int:
         if Path(os.environ.get(FAILURE_FILE, "")).is_file():  # of the attempt before
             return int(Path(os.environ[FAILURE_FILE]).read_text(encoding="utf-8"))
         config = config.model_copy(update={"resume": True})
+        if mine.main:
+            text = _("A process has ended: started again ({count} of {most}), from the last checkpoint.")
+            console.print(text.format(count=mine.restarts, most=config.max_restarts), style="yellow", soft_wrap=True)
     from resonance.finetune import finetune
     from resonance.model.runs import RunFolder
 

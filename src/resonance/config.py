@@ -34,6 +34,7 @@ from resonance.units import MAX_LABEL_TOKENS, WINDOW_SECONDS
 DEFAULT_STEPS = 500
 GOOD_EFFECTIVE_BATCH = range(8, 33)
 ALIGNMENT_STEPS = 80
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def _default_eval_strategy(data: dict[str, Any]) -> Literal["steps", "no"]:
@@ -234,6 +235,12 @@ class TrainConfig(BaseModel):
     max_restarts: int = Field(3, ge=0)
     """How often a training of several processes is started again, from its last checkpoint, when one of them dies."""
 
+    deepspeed: str | None = Field(None, min_length=1)
+    """Divide the training's memory among the processes with DeepSpeed: optimiser states (zero1), gradients too (zero2),
+    weights too (zero3), or as a JSON file of your own says. Needs the deepspeed package."""
+    fsdp: bool = False
+    """Divide weights, gradients and optimiser states among the processes with PyTorch's FSDP."""
+
     use_wandb: bool = False
     """Send the log to Weights & Biases too. Needs an account there and the wandb package."""
     wandb_project: str | None = Field(None, min_length=1)
@@ -277,6 +284,11 @@ class TrainConfig(BaseModel):
     def steps_are_settled(self) -> bool:
         """False where a plan is still to choose how many updates are made."""
         return not self.auto or "max_steps" in self.model_fields_set
+
+    @property
+    def in_processes(self) -> bool:
+        """Whether the training is started by a launcher."""
+        return self.nproc > 1 or self.nnodes > 1 or self.deepspeed is not None or self.fsdp
 
     @property
     def whole_window(self) -> bool:

@@ -110,6 +110,16 @@ def _machine_problems(c: TrainConfig) -> Iterator[Problem]:
             ("rdzv",),
             _("rdzv {value} is not an address with a port, such as 10.0.0.1:29400.").format(value=c.rdzv),
         )
+    if c.deepspeed is not None and c.fsdp:
+        yield ("deepspeed", "fsdp"), _("deepspeed and fsdp both divide the memory among processes. Keep one of them.")
+    if c.quantization != "none" and (c.fsdp or c.deepspeed == "zero3"):
+        yield (
+            ("quantization", "fsdp", "deepspeed"),
+            _(
+                "quantization {quantization} does not go with fsdp or deepspeed zero3, which divide the weights. Give zero2, "
+                "or quantization none."
+            ).format(quantization=c.quantization),
+        )
     if c.node_rank >= c.nnodes:
         yield (
             ("node_rank", "nnodes"),

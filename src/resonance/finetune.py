@@ -48,6 +48,7 @@ def finetune(config: TrainConfig, console: Console) -> Path:
 
 def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, console: Console) -> Path:
     """Train, with smaller settings where memory runs out."""
+    together.by_main(mine, lambda: resume.check_checkpoints(run, console))
     with together.agreeing(mine):
         config = ladder.resumed(config, run)
         resume.check_settings(config, run, mine.world)
@@ -56,7 +57,8 @@ def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, c
             return run.result
         rows = read_rows(config, console)
         resume.check_rows(rows, run)
-    together.check_same(mine, config, rows, run)
+    with together.agreeing(mine):
+        together.check_same(mine, config, rows, run)
     if mine.main and not run.latest_checkpoint():
         run.events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
     steps_down = ladder.Ladder(run, console)
@@ -109,7 +111,8 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
     info = describe(config, rows, whisper, trainer, only)
     name = "adapter" if info.kind == "lora" else "model"
     with quiet_libraries():
-        return together.by_main(mine, lambda: save_result(run.path / name, whisper, trainer.model, info))
+        weights = trainer.gathered_weights()
+        return together.by_main(mine, lambda: save_result(run.path / name, whisper, trainer.model, info, weights))
 
 
 def record(config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:

@@ -21,6 +21,7 @@ class Ranks:
     world: int = 1
     local: int = 0  # among those of this machine, which decides its GPU
     restarts: int = 0  # how often torchrun has started all of them again
+    launched: bool = False  # whether something has started it as one of several, be it of one
 
     @property
     def main(self) -> bool:
@@ -36,12 +37,14 @@ def ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
             int(environment["WORLD_SIZE"]),
             int(environment.get("LOCAL_RANK", 0)),
             int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            launched=True,
         )
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:  # inside srun
         return Ranks(
             int(environment["SLURM_PROCID"]),
             int(environment["SLURM_STEP_NUM_TASKS"]),
             int(environment.get("SLURM_LOCALID", 0)),
+            launched=True,
         )
     return Ranks()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from resonance.errors import RunFolderError
-from resonance.model.runs import COMPLETE_FILE, RunFolder, claim, containing, mark_complete, read_events
+from resonance.model.checkpoints import COMPLETE_FILE, mark_complete, set_aside_damaged
+from resonance.model.runs import RunFolder, claim, containing, read_events
 
 HOLD = """
 import sys
@@ -127,10 +129,30 @@ def test_a_complete_checkpoint_lists_all_its_files(tmp_path: Path) -> None:
     (folder / "rng").mkdir()
     (folder / "rng" / "state.pth").write_bytes(b"12345")
     mark_complete(folder)
-    sizes = {"rng/state.pth": 5, "weights.safetensors": 100}
-    assert json.loads((folder / COMPLETE_FILE).read_text()) == sizes
+    listed = json.loads((folder / COMPLETE_FILE).read_text())
+    assert {name: entry["bytes"] for name, entry in listed.items()} == {"rng/state.pth": 5, "weights.safetensors": 100}
+    assert listed["rng/state.pth"]["sha256"] == hashlib.sha256(b"12345").hexdigest()
     mark_complete(folder)
-    assert json.loads((folder / COMPLETE_FILE).read_text()) == sizes
+    assert json.loads((folder / COMPLETE_FILE).read_text()) == listed
+
+
+def test_a_checkpoint_whose_bytes_have_changed_is_set_aside_for_the_one_before(tmp_path: Path) -> None:
+    folders = {step: checkpoint(tmp_path, step) for step in (5, 20, 100)}
+    for step in (20, 100):
+        (folders[step] / "weights.safetensors").write_bytes(b"v" + b"w" * 99)  # as long as before
+    run = RunFolder(tmp_path)
+    assert run.latest_checkpoint() == folders[100]  # sizes alone do not show it
+    found = list(set_aside_damaged(run.checkpoints))
+    assert found == [(folders[100], "weights.safetensors"), (folders[20], "weights.safetensors")]
+    assert run.latest_checkpoint() == folders[5] and all(folder.is_dir() for folder in folders.values())
+    assert list(set_aside_damaged(run.checkpoints)) == []
+
+
+def test_a_checkpoint_of_an_earlier_version_with_sizes_only_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 5, complete=False)
+    (folder / COMPLETE_FILE).write_text(json.dumps({"weights.safetensors": 100}))
+    assert list(set_aside_damaged(RunFolder(tmp_path).checkpoints)) == []
+    assert RunFolder(tmp_path).latest_checkpoint() == folder
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path) -> None:

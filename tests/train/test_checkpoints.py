@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from resonance.config import TrainConfig
 from resonance.finetune import finetune
-from resonance.model.runs import COMPLETE_FILE, RunFolder, read_events
+from resonance.model.checkpoints import COMPLETE_FILE
+from resonance.model.runs import RunFolder, read_events
 
 STEPS = 8
 # Everything that draws random numbers is on; 10 rows in groups of 4 make 3 steps an epoch, the last of 2 clips.

@@ -20,8 +20,9 @@ from resonance.data.audio_context import AudioContext
 from resonance.errors import AudioError, Interrupted
 from resonance.evaluate.metrics import score
 from resonance.finetune import finetune
+from resonance.model.checkpoints import is_complete
 from resonance.model.load import load_whisper
-from resonance.model.runs import RunFolder, is_complete, read_events
+from resonance.model.runs import RunFolder, read_events
 from resonance.train.progress import EventLog
 from resonance.train.trainer import Meter, clean_worker_errors
 from resonance.transcribe.recognizer import DecodeSettings

@@ -40,9 +40,10 @@ def run_processes(config: TrainConfig, arguments: Sequence[str], console: Consol
     Returns the exit code of the process that failed first, 0 where all have come to their end. Raises Interrupted on a
     signal, once all have saved, and LostContactError where the machines do not meet.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet_launcher(), _threads(config.nproc):
-        failure = Path(folder) / "failure"
-        os.environ[FAILURE_FILE] = str(failure)
+    with contextlib.ExitStack() as stack:
+        failure = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "failure"
+        stack.enter_context(_quiet_launcher())
+        stack.enter_context(_environment(config.nproc, failure))
         launch = elastic_launch(_launch_config(config), sys.executable)
         try:
             launch("-m", "resonance", "train", *arguments)
@@ -58,8 +59,6 @@ def run_processes(config: TrainConfig, arguments: Sequence[str], console: Consol
                     address=config.rdzv or "127.0.0.1", reason=str(error).strip().splitlines()[0]
                 )
             ) from error
-        finally:
-            del os.environ[FAILURE_FILE]
     return 0
 
 
@@ -145,23 +144,32 @@ def _what_failed(failed: ChildFailedError, config: TrainConfig) -> str:
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """What the launcher logs is for those who develop it; what went wrong is said by the process that it went wrong in."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.")]
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
-def _threads(processes: int) -> Iterator[None]:
-    """Cores divided among the processes, where the user has not done so: torchrun would give each a single one."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    if before is None:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(psutil.Process().cpu_affinity() or [0]) // processes))
+def _environment(processes: int, failure: Path) -> Iterator[None]:
+    """What the processes inherit, where the user has not set it."""
+    names = {
+        FAILURE_FILE: str(failure),
+        # Cores divided among the processes: torchrun would give each a single one.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        # A store of its own for each start. torch 2.13 keeps one for all, and processes that are started again find the
+        # addresses there that the dead ones had ("Gloo connectFullMesh failed … Connection refused").
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in names.items() if name not in before or name == FAILURE_FILE})
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
+        os.environ.clear()
+        os.environ.update(before)

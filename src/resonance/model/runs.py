@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from filelock import FileLock, Timeout
 from resonance.errors import RunFolderError
 from resonance.messages import _
 from resonance.model.adapters import INFO_FILE
-
-COMPLETE_FILE = "complete.json"  # the last file written into a checkpoint
+from resonance.model.checkpoints import is_complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,29 +146,3 @@ def write_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
         return _("the disk is full, or a file may not grow so large")
     return None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end and still has all its files, in their sizes."""
-    try:
-        sizes: dict[str, int] = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Put every file of a checkpoint on the disk, then say so in a file of its own."""
-    names = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != COMPLETE_FILE)
-    for file in names:
-        _fsync(file)
-    sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in names}
-    temporary = checkpoint / f"{COMPLETE_FILE}.part"
-    temporary.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(checkpoint / COMPLETE_FILE)
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())

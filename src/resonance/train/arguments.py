@@ -13,6 +13,7 @@ from resonance.errors import ConfigError
 from resonance.messages import _
 from resonance.model.precision import Precision
 from resonance.ranks import ranks
+from resonance.train.sharding import sharding_arguments
 
 METRIC_OF_UNIT = {"char": "cer", "word": "wer", "mixed": "mer"}
 
@@ -48,7 +49,9 @@ def training_arguments(
     eval_steps = min(config.eval_steps, steps)
     save_steps = min(config.save_steps or eval_steps, steps)
     best = evaluates and config.load_best_model_at_end
-    passed = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False} | config.extra
+    passed = (
+        {"use_cpu": on_cpu, "ddp_find_unused_parameters": False} | sharding_arguments(config, on_cpu) | config.extra
+    )
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps or -1,

@@ -20,19 +20,22 @@ from resonance.train.rows import Rows, fingerprint
 from resonance.train.trainer import WhisperTrainer
 
 
-def save_result(folder: Path, whisper: Whisper, model: Any, info: Info) -> Path:
-    """Write the result to `folder`, which appears complete or not at all. An older result is kept under another name."""
+def save_result(folder: Path, whisper: Whisper, model: Any, info: Info, weights: dict[str, Any] | None = None) -> Path:
+    """Write the result to `folder`, which appears complete or not at all. An older result is kept under another name.
+
+    `weights`: of the model, where it does not hold them itself.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         if info.kind == "lora":
             # False: PEFT would otherwise ask the model hub whether the vocabulary was changed.
-            model.save_pretrained(str(temporary), save_embedding_layers=False)
+            model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=weights)
         else:
             # True would make transformers drop the language ids and alignment heads on reload.
             model.generation_config._from_model_config = False
-            model.save_pretrained(str(temporary))
+            model.save_pretrained(str(temporary), state_dict=weights)
         save_side_files(temporary, whisper)
         (temporary / "README.md").write_text(model_card(info), encoding="utf-8")
         (temporary / INFO_FILE).write_text(

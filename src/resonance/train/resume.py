@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -16,6 +17,7 @@ from resonance.data.manifest import Utterance
 from resonance.errors import ConfigError, DataError
 from resonance.messages import _
 from resonance.model.adapters import read_info
+from resonance.model.checkpoints import DAMAGED_FILE, is_complete, set_aside_damaged
 from resonance.model.runs import RunFolder
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
@@ -41,9 +43,28 @@ FREE = frozenset(
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is compared
         *("per_device_eval_batch_size", "dataloader_num_workers", "gradient_checkpointing"),
         *("use_wandb", "wandb_project", "run_name"),
-        *("nproc", "nnodes", "node_rank", "rdzv", "max_restarts"),
+        *("nproc", "nnodes", "node_rank", "rdzv", "max_restarts", "deepspeed", "fsdp"),
     }
 )
+
+
+def check_checkpoints(run: RunFolder, console: Console) -> None:
+    """Set aside what is torn or damaged, and say so: the training goes on from the newest checkpoint that is as written."""
+    for folder in run.checkpoints.glob("checkpoint-*"):
+        if not is_complete(folder) and not (folder / DAMAGED_FILE).exists():
+            console.print(
+                _("{folder} was not written to its end and is not used.").format(folder=folder),
+                style="yellow",
+                soft_wrap=True,
+            )
+    for folder, file in set_aside_damaged(run.checkpoints):
+        console.print(
+            _("{folder} is damaged ({file} has changed since it was written) and is not used.").format(
+                folder=folder, file=file
+            ),
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def check_settings(config: TrainConfig, run: RunFolder, processes: int) -> None:

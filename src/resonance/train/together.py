@@ -45,7 +45,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     Raises LostContactError where they do not come, or where contact is lost inside the block.
     """
     mine = ranks()
-    if mine.world == 1 or distributed.is_initialized():
+    if not mine.launched or distributed.is_initialized():
         yield mine
         return
     os.environ |= meeting_point()
@@ -69,20 +69,28 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     try:
         yield mine
     except RuntimeError as error:
-        if not any(text in str(error) for text in CONTACT):
+        cause = _lost_contact(error)
+        if cause is None:
             raise
         raise LostContactError(
             _(
                 "Process {rank} of {world} has lost contact with another one, which has ended or has not answered for "
                 "{seconds} s (--ddp_timeout): {reason}"
-            ).format(rank=mine.rank, world=mine.world, seconds=seconds, reason=_first_line(error))
+            ).format(rank=mine.rank, world=mine.world, seconds=seconds, reason=_first_line(cause))
         ) from error
     finally:
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
 
 
-def _first_line(error: Exception) -> str:
+def _lost_contact(error: BaseException | None) -> BaseException | None:
+    """What says so: `error`, or what it was raised on top of."""
+    while error is not None and not any(text in str(error) for text in CONTACT):
+        error = error.__context__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,14 +16,16 @@ from typing import Any
 import psutil
 import torch
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 
 from resonance.data.batches import ClipDataset, InOrderSampler, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
+from resonance.model.checkpoints import is_complete, mark_complete
 from resonance.model.memory import CUDA_CONTEXT
-from resonance.model.runs import is_complete, mark_complete, write_failure
+from resonance.model.runs import write_failure
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -81,6 +86,12 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         together = self.args.eval_batch_size * world if world > 1 else 1
         return InOrderSampler(len(eval_dataset), together)
 
+    def get_train_dataloader(self) -> Any:
+        return _outliving_signals(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return _outliving_signals(super().get_eval_dataloader(eval_dataset))
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         with self.meter.waiting(), clean_worker_errors():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -123,6 +134,9 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with self.meter.pausing():
+                if self.args.should_save:  # what a kill has left there is not to be mixed with what comes now
+                    shutil.rmtree(folder, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
@@ -145,6 +159,13 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
+    def gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights where the processes hold a part each (ZeRO-3, FSDP), else None. To be called by all of them."""
+        if not (self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())):
+            return None
+        state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return state
+
     def kept_scores(self) -> dict[str, float]:
         """Scores of the checkpoint that the model now holds: the best one where that was asked for, else the last."""
         step = self.state.best_global_step if self.args.load_best_model_at_end else None
@@ -164,6 +185,35 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         if not is_complete(folder):
             self._save_checkpoint(self.model, None)
         return folder
+
+
+def _outliving_signals(loader: Any) -> Any:
+    """A DataLoader whose workers go on when schedulers signal the whole process group, until the main process has saved.
+
+    torch gives them a handler that ends them at SIGTERM, and the main process with them.
+    """
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell around it
+    start = inner.worker_init_fn
+
+    def begin(worker: int) -> None:
+        if hasattr(signal, "sigwaitinfo"):  # Linux
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+            threading.Thread(target=_heed_the_parent, daemon=True).start()
+        if start is not None:
+            start(worker)
+
+    inner.worker_init_fn = begin
+    return loader
+
+
+STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+def _heed_the_parent() -> None:
+    """In a worker: end at a signal from the process that started it, and at no other's."""
+    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _WhereItIs(TrainerCallback):  # type: ignore[misc]
