@@ -18,6 +18,7 @@ from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import load_yaml, parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
+from resonance.config_sagemaker import SubmitConfig
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ MODELS = {
     "curve": CurveConfig,
     "evaluate": EvaluateConfig,
     "transcribe": TranscribeConfig,
+    "submit": SubmitConfig,
 }
 
 
@@ -51,11 +53,13 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         words = ["resonance", "train" if "finetune" in words[1] else "transcribe", *words[2:]]
     if words[0] != "resonance":
         assert (
-            words[0] in ("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip")
+            words[0] in ("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip", "aws")
             or (ROOT / words[0]).is_file()
         )
         return
     name, *arguments = words[1:]
+    if [name, *arguments[:1]] == ["sagemaker", "submit"]:
+        name, *arguments = "submit", *arguments[1:]
     if name in MODELS:
         if "--resume" in arguments or "--config" in arguments:  # their settings come from a file
             arguments = [*arguments, "--train_file", "recordings"]
@@ -70,7 +74,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         raise _Parsed
 
     monkeypatch.setattr(cli_data.Parser, "parse_args", parse_args)
-    run: Callable[[list[str]], int] = cli.COMMANDS.get(name, cli.data)
+    run: Callable[[list[str]], int] = cli.COMMANDS.get(name, lambda argv: cli.group(name, argv))
     with contextlib.suppress(_Parsed):
         run(arguments)
         pytest.fail(f"{words} was not parsed")

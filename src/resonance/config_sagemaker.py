@@ -74,11 +74,12 @@ class SubmitConfig(TrainConfig):
     volume_size: Count | None = None
     """Size of each machine's disk in GB. Left out, 50 more than the recordings take."""
     spot: bool = False
-    """Use spare machines, which cost less and may be taken away; the job then waits and goes on from its checkpoint."""
+    """Use spot machines: spare ones that cost less and may be taken away; the job then waits and goes on from its
+    checkpoint."""
     max_run: Count = 24 * 3600
     """Longest time of training, in seconds; the job is stopped then."""
     max_wait: Count | None = None
-    """Longest time of training and waiting for spare machines together, in seconds. Left out, a day more than max_run."""
+    """Longest time of training and waiting for spot machines together, in seconds. Left out, a day more than max_run."""
     role: Role | None = None
     """ARN of the IAM role that the job works as. Left out, the role of the SageMaker notebook that this runs in."""
     image: str | None = Field(None, min_length=1)
@@ -99,7 +100,7 @@ class SubmitConfig(TrainConfig):
             problems.append(
                 (
                     ("max_wait", "spot"),
-                    _("max_wait is for spare machines, but spot is not given. Keep both or neither."),
+                    _("max_wait is for spot machines, but spot is not given. Keep both or neither."),
                 )
             )
         if self.max_wait is not None and self.max_wait < self.max_run:
@@ -116,6 +117,7 @@ class SubmitConfig(TrainConfig):
         return self
 
     def _is_a_path_here(self) -> bool:
-        model = Path(self.model_name_or_path)
-        in_container = model.is_relative_to("/opt/ml")
-        return not in_container and (model.is_absolute() or model.parts[:1] in ((".",), ("..",)) or model.is_dir())
+        name = self.model_name_or_path
+        if name.startswith("/opt/ml/"):  # in the container
+            return False
+        return name.startswith(("/", "./", "../")) or Path(name).is_dir()

@@ -107,9 +107,10 @@ def jobs(cloud: Any) -> Any:
     return boto3.client("sagemaker", region_name=REGION)
 
 
-def submit_flags(*more: object) -> list[str]:
-    """A `resonance sagemaker submit` that is right. Flags in `more` win."""
-    return [
+@pytest.fixture
+def submit_flags() -> Callable[..., list[str]]:
+    """A function that gives a `resonance sagemaker submit` that is right. Flags in its arguments win."""
+    return lambda *more: [
         *("sagemaker", "submit", "--data", f"s3://{BUCKET}/anna", "--instance_type", "ml.g5.2xlarge", "--role", ROLE),
         *("--model_name_or_path", "openai/whisper-small", "--language", "en", "--name", "anna-1"),
         *map(str, more),

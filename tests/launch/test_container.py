@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -27,7 +26,11 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ENTRY = [sys.executable, "-m", "resonance.sagemaker_entry"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="containers run Linux")
 SHORT = {
-    **{"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "validation_split": 0.25, "learning_rate": 0.01},
+    "max_steps": 4,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "validation_split": 0.25,
+    "learning_rate": 0.01,
     "dataloader_num_workers": 0,
 }
 
@@ -167,7 +170,11 @@ def test_the_script_and_names_of_older_notes_train_with_the_defaults_of_those_no
     done = started(["bash", str(SCRIPTS / "sagemaker_torchrun.sh"), *flags], container)
     assert done.returncode == 0, done.stderr
     settings = read_info(container.root / "model").settings
-    assert (settings["per_device_train_batch_size"], settings["learning_rate"], settings["finetuning"]) == (16, 1e-5, "full")
+    assert (settings["per_device_train_batch_size"], settings["learning_rate"], settings["finetuning"]) == (
+        16,
+        1e-5,
+        "full",
+    )
     assert (settings["language"], settings["task"], settings["max_steps"]) == ("en", "transcribe", 2)
     assert (container.root / "model/model.safetensors").is_file()
 
@@ -224,10 +231,17 @@ def test_a_failure_is_cut_to_what_sagemaker_shows_and_the_first_one_stays(contai
 
 def test_settings_come_from_the_variables_where_there_is_no_file(tmp_path: Path) -> None:
     folders = Folders.of({"SM_INPUT_CONFIG_DIR": str(tmp_path)})
-    values = {"learning_rate": 1e-5, "gradient_checkpointing": True, "language": "zh", "per-device-train-batch-size": 16}
+    values = {
+        "learning_rate": 1e-5,
+        "gradient_checkpointing": True,
+        "language": "zh",
+        "per-device-train-batch-size": 16,
+    }
     found = hyperparameters(folders, {"SM_HPS": json.dumps(values)})
     assert found == {
-        **{"learning_rate": "1e-05", "gradient_checkpointing": "true", "language": "zh"},
+        "learning_rate": "1e-05",
+        "gradient_checkpointing": "true",
+        "language": "zh",
         "per_device_train_batch_size": "16",
     }
     assert hyperparameters(folders, {}) == {}
@@ -257,7 +271,7 @@ def test_paths_are_taken_from_the_channels_and_what_the_container_owns_stays() -
 def test_validation_and_model_channels_are_used(
     container: Any, tiny_model: Path, recordings: Callable[..., Path]
 ) -> None:
-    os.symlink(tiny_model, container.root / "input/data/model")
+    (container.root / "input/data/model").symlink_to(tiny_model)
     recordings(4, name="validation").parent.rename(container.root / "input/data/validation")
     container.write_hyperparameters(language="en", **{**SHORT, "max_steps": 2})
     done = started(ENTRY, container)

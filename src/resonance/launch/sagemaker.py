@@ -181,7 +181,7 @@ def describe(job: Any) -> Iterator[str]:
     yield _("machines: {count} x {type}{spot}").format(
         count=job.resource_config.instance_count,
         type=job.resource_config.instance_type,
-        spot=_(", spare machines") if job.enable_managed_spot_training else "",
+        spot=", spot" if job.enable_managed_spot_training else "",
     )
     if job.training_time_in_seconds:
         yield _("trained: {minutes:.1f} min, paid: {paid:.1f} min").format(
@@ -210,7 +210,7 @@ def show_log(job: Any, *, follow: bool, say: Say = print) -> str:
                 phase = job.secondary_status
                 say(_("-- {name}: {phase}").format(name=job.training_job_name, phase=phase))
             for stream, event in log.get_latest_log_events():
-                host = f"[{stream.rpartition('/')[2].split('-1')[0]}] " if several else ""
+                host = f"[{stream.rpartition('/')[2].rpartition('-')[0]}] " if several else ""
                 say(f"{host}{event['message']}")
             if ended or not follow:
                 return str(job.training_job_status)
