@@ -43,7 +43,7 @@ def logs(argv: list[str]) -> int:
 
     if args.follow:
         return sagemaker.wait(args.name, args.region, _say)
-    sagemaker.show_log(sagemaker.find(args.name, args.region), follow=False, say=_say)
+    sagemaker.show_log(sagemaker.find(args.name, args.region), args.region, follow=False, say=_say)
     return 0
 
 

@@ -64,6 +64,15 @@ def container(tmp_path: Path, recordings: Callable[..., Path]) -> Container:
 
 
 @pytest.fixture
+def inside(container: Container, monkeypatch: pytest.MonkeyPatch) -> Container:
+    """The container as this process's own."""
+    for name, value in container.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RESONANCE_LANG", "en")  # set for good by a training in a container
+    return container
+
+
+@pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Made-up credentials, and no settings of whoever runs the tests."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -84,11 +93,10 @@ def cloud(keys: None) -> Iterator[Any]:
     pytest.importorskip("sagemaker.core", reason="needs sagemaker-core: pip install 'resonance-asr[sagemaker]'")
     moto = pytest.importorskip("moto", reason="needs moto: pip install 'moto[s3]'")
     import boto3
-    from sagemaker.core.utils import logs, utils
+    from sagemaker.core.utils import utils
 
     with moto.mock_aws():
         utils.SageMakerClient.reset()
-        logs.SingletonMeta._instances.pop(logs.CloudWatchLogsClient, None)
         storage = boto3.client("s3", region_name=REGION)
         storage.create_bucket(Bucket=BUCKET)
         for i in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,14 @@ import pytest
 
 from resonance.cli import run
 from resonance.launch import metrics, source
-from resonance.launch.container import Folders, hyperparameters, read_flags, training_settings, write_failure
+from resonance.launch.container import (
+    Folders,
+    hyperparameters,
+    read_flags,
+    train_in_container,
+    training_settings,
+    write_failure,
+)
 from resonance.model.adapters import read_info
 from resonance.model.runs import RunFolder, read_events
 
@@ -58,7 +66,11 @@ def test_a_job_s_own_archive_trains_hands_over_the_result_and_prints_what_the_me
     with tarfile.open(fileobj=BytesIO(source.archive())) as tar:
         tar.extractall(code, filter="data")
     container.write_hyperparameters(
-        model_name_or_path=tiny_model, metric_for_best_model="cer", language="en", **SHORT, sagemaker_region="us-east-1"
+        model_name_or_path=tiny_model,
+        metric_for_best_model="cer",
+        max_eval_samples=1,
+        **SHORT,
+        sagemaker_region="us-east-1",
     )
     environment = {k: v for k, v in container.environment.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -104,16 +116,16 @@ def test_a_job_s_own_archive_trains_hands_over_the_result_and_prints_what_the_me
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_job_that_is_interrupted_goes_on_from_its_checkpoint_in_a_new_container(
-    number: int, container: Any, tiny_model: Path, tmp_path: Path
+    number: int, inside: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {**SHORT, "max_steps": 40, "save_steps": 4, "eval_steps": 4, "max_eval_samples": 1}
-    container.write_hyperparameters(model_name_or_path=tiny_model, language="en", **settings)
-    run_folder = RunFolder(container.root / "checkpoints")
+    settings = {**SHORT, "max_steps": 40, "save_steps": 4, "eval_strategy": "no", "validation_split": 0}
+    inside.write_hyperparameters(model_name_or_path=tiny_model, language="en", **settings)
+    run_folder = RunFolder(inside.root / "checkpoints")
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(ENTRY, env=container.environment, stdout=log, stderr=log, cwd=container.root)
+        process = subprocess.Popen(ENTRY, env=inside.environment, stdout=log, stderr=log, cwd=inside.root)
     try:
         deadline = time.monotonic() + 120
-        while len(loss_steps(container)) < 6 or run_folder.latest_checkpoint() is None:
+        while len(loss_steps(inside)) < 6 or run_folder.latest_checkpoint() is None:
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         process.send_signal(number)
@@ -122,8 +134,8 @@ def test_a_job_that_is_interrupted_goes_on_from_its_checkpoint_in_a_new_containe
         process.kill()
         process.wait()
     assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL), (tmp_path / "log").read_text()
-    assert container.failure == ""  # an interruption is no failure
-    assert not any((container.root / "model").iterdir())
+    assert inside.failure == ""  # an interruption is no failure
+    assert not any((inside.root / "model").iterdir())
     latest = run_folder.latest_checkpoint()
     assert latest is not None
     reached = int(latest.name.removeprefix("checkpoint-"))
@@ -135,12 +147,13 @@ def test_a_job_that_is_interrupted_goes_on_from_its_checkpoint_in_a_new_containe
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{}", encoding="utf-8")
 
-    done = started(ENTRY, container)
-    assert done.returncode == 0, done.stderr
-    assert loss_steps(container) == list(range(1, 41))
-    assert f"step {reached + 1}/40" in done.stdout and f"step {reached}/40 " not in done.stdout
+    capsys.readouterr()
+    assert train_in_container(run) == 0
+    printed = capsys.readouterr().out
+    assert loss_steps(inside) == list(range(1, 41))
+    assert f"step {reached + 1}/40 " in printed and f"step {reached}/40 " not in printed
     assert {path: path.stat().st_mtime_ns for path in times if path.exists()}.items() <= times.items()
-    assert read_info(container.root / "model").scores["step"] % 4 == 0
+    assert read_info(inside.root / "model").settings["max_steps"] == 40
 
 
 @posix
@@ -179,15 +192,13 @@ def test_the_script_and_names_of_older_notes_train_with_the_defaults_of_those_no
     assert (container.root / "model/model.safetensors").is_file()
 
 
-def test_defaults_of_older_notes_give_way_to_what_is_given(monkeypatch: pytest.MonkeyPatch, container: Any) -> None:
+def test_defaults_of_older_notes_give_way_to_what_is_given(inside: Any) -> None:
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("entry", SCRIPTS / "entry.py")
     assert spec and spec.loader
     entry = module_from_spec(spec)
     spec.loader.exec_module(entry)
-    for name, value in container.environment.items():
-        monkeypatch.setenv(name, value)
     assert entry.defaults([]) == entry.DEFAULTS
     assert entry.DEFAULTS["max_steps"] == "1024" and entry.DEFAULTS["model_name_or_path"] == "openai/whisper-large-v3"
     assert "model_name_or_path" not in entry.defaults(["--base-model", "x"])
@@ -196,7 +207,6 @@ def test_defaults_of_older_notes_give_way_to_what_is_given(monkeypatch: pytest.M
     assert entry.defaults(["--max_steps", "501"])["warmup_steps"] == "500"
 
 
-@posix
 @pytest.mark.parametrize(
     ("values", "code", "said"),
     [
@@ -206,20 +216,47 @@ def test_defaults_of_older_notes_give_way_to_what_is_given(monkeypatch: pytest.M
     ],
     ids=["setting", "data", "model"],
 )
-def test_why_a_job_failed_is_told_to_sagemaker(values: dict[str, str], code: int, said: str, container: Any) -> None:
-    container.write_hyperparameters(language="en", max_steps=2, **values)
-    done = started(ENTRY, container)
-    assert done.returncode == code
-    assert "Traceback" not in done.stderr
-    assert said in container.failure and container.failure.startswith("Error: ")
-    assert container.failure.strip() in done.stderr
+def test_why_a_job_failed_is_told_to_sagemaker(
+    values: dict[str, str], code: int, said: str, inside: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside.write_hyperparameters(language="en", max_steps=2, **values)
+    assert train_in_container(run) == code
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert said in inside.failure and inside.failure.startswith("Error: ")
+    assert inside.failure.strip() in told
+    assert not any((inside.root / "model").iterdir())
 
 
-def test_hyperparameters_that_cannot_be_read_are_an_error_with_the_file(container: Any) -> None:
-    (container.root / "input/config/hyperparameters.json").write_text("[1]", encoding="utf-8")
-    done = started(ENTRY, container)
-    assert done.returncode == 2
-    assert "hyperparameters.json" in container.failure
+def test_a_crash_is_told_to_sagemaker_and_goes_on_as_a_crash(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resonance import finetune
+
+    def crash(*args: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(finetune, "read_rows", crash)
+    inside.write_hyperparameters(language="en", max_steps=2)
+    with pytest.raises(RuntimeError):
+        train_in_container(run)
+    assert inside.failure == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_hyperparameters_that_cannot_be_read_are_an_error_with_the_file(inside: Any) -> None:
+    (inside.root / "input/config/hyperparameters.json").write_text("[1]", encoding="utf-8")
+    assert train_in_container(run) == 2
+    assert "hyperparameters.json" in inside.failure
+
+
+@pytest.mark.parametrize(("rank", "handed_over"), [("0", True), ("1", False)])
+def test_a_job_that_was_stopped_after_its_last_step_hands_over_what_is_there_once(
+    rank: str, handed_over: bool, inside: Any, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_run, inside.root / "checkpoints", dirs_exist_ok=True)
+    saved = json.loads((finished_run / "adapter/resonance.json").read_text(encoding="utf-8"))["settings"]
+    inside.write_hyperparameters(model_name_or_path=saved["model_name_or_path"], **SHORT)
+    monkeypatch.setenv("RANK", rank)
+    assert train_in_container(run) == 0
+    assert (inside.root / "model/resonance.json").is_file() == handed_over
 
 
 def test_a_failure_is_cut_to_what_sagemaker_shows_and_the_first_one_stays(container: Any) -> None:
@@ -269,13 +306,12 @@ def test_paths_are_taken_from_the_channels_and_what_the_container_owns_stays() -
 
 
 def test_validation_and_model_channels_are_used(
-    container: Any, tiny_model: Path, recordings: Callable[..., Path]
+    inside: Any, tiny_model: Path, recordings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (container.root / "input/data/model").symlink_to(tiny_model)
-    recordings(4, name="validation").parent.rename(container.root / "input/data/validation")
-    container.write_hyperparameters(language="en", **{**SHORT, "max_steps": 2})
-    done = started(ENTRY, container)
-    assert done.returncode == 0, done.stderr
-    info = read_info(container.root / "model")
+    (inside.root / "input/data/model").symlink_to(tiny_model)
+    recordings(4, name="validation").parent.rename(inside.root / "input/data/validation")
+    inside.write_hyperparameters(language="en", **{**SHORT, "max_steps": 2})
+    assert train_in_container(run) == 0
+    info = read_info(inside.root / "model")
     assert (info.data["train_rows"], info.data["eval_rows"]) == (12, 4)
-    assert info.base_model == str(container.root / "input/data/model")
+    assert info.base_model == str(inside.root / "input/data/model")

@@ -14,6 +14,7 @@ import pytest
 
 from resonance.cli import run
 from resonance.launch import sagemaker
+from resonance.launch.logs import GROUP
 from resonance.model.adapters import read_info
 
 BUCKET = "voices"
@@ -51,10 +52,10 @@ def logs(job: Any) -> Callable[..., None]:
     import boto3
 
     client = boto3.client("logs")
-    client.create_log_group(logGroupName=sagemaker.LOG_GROUP)
+    client.create_log_group(logGroupName=GROUP)
 
-    def write(host: str, *lines: str) -> None:
-        stream = {"logGroupName": sagemaker.LOG_GROUP, "logStreamName": f"anna-1/{host}-1700000000"}
+    def write(host: str, *lines: str, start: int = 1700000000) -> None:
+        stream = {"logGroupName": GROUP, "logStreamName": f"anna-1/{host}-{start}"}
         client.create_log_stream(**stream)
         now = int(time.time() * 1000)
         client.put_log_events(
@@ -130,6 +131,17 @@ def test_a_result_that_is_none_is_told_and_leaves_nothing(
     assert not any(place.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_told(
+    job: Any, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.put_object(Bucket=BUCKET, Key=MODEL, Body=packed(finished_run / "adapter"))
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(["sagemaker", "download", "anna-1", "--output_dir", str(place)]) == 1
+        assert "Choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_an_archive_cut_in_half_leaves_nothing(
     job: Any, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +195,44 @@ def test_lines_of_several_machines_say_whose_they_are(
     logs("algo-2", "second")
     assert run(["sagemaker", "logs", "anna-1"]) == 0
     assert capsys.readouterr().out.splitlines() == ["[algo-1] first", "[algo-2] second"]
+
+
+def test_following_goes_on_when_a_spot_job_starts_again_on_another_machine(
+    logs: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = moto_job()
+    found.training_job_status, found.secondary_status = "InProgress", "Training"
+    logs("algo-1", "step 1/4")
+
+    def pause(seconds: float) -> None:
+        if found.secondary_status == "Training":
+            found.secondary_status = "Interrupted"
+        else:
+            logs("algo-1", "step 2/4", start=1800000000)
+            found.training_job_status = found.secondary_status = "Completed"
+
+    monkeypatch.setattr(sagemaker.time, "sleep", pause)
+    assert run(["sagemaker", "logs", "anna-1", "--follow"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")] == [
+        "step 1/4",
+        "step 2/4",
+    ]
+
+
+def test_a_job_that_has_not_printed_yet_has_an_empty_log(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sagemaker", "logs", "anna-1"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_job_and_log_are_looked_for_in_the_region_that_is_given(
+    logs: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs("algo-1", "step 1/4")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    assert run(["sagemaker", "logs", "anna-1"]) == 1
+    assert "no job named anna-1 in eu-west-1" in capsys.readouterr().err
+    assert run(["sagemaker", "logs", "anna-1", "--region", "us-east-1"]) == 0
+    assert capsys.readouterr().out == "step 1/4\n"
 
 
 @pytest.mark.parametrize(("end", "code"), [("Completed", 0), ("Failed", 1), ("Stopped", 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable
+from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from packaging.requirements import Requirement
 
 import resonance
+from resonance.errors import MissingExtraError
 from resonance.launch import source
 
 PACKAGE = Path(resonance.__file__).parent
+METADATA = f"resonance_asr-{metadata.version('resonance-asr')}.dist-info/METADATA"
 
 
 def names(archive: bytes) -> list[str]:
@@ -26,12 +29,38 @@ def test_the_archive_holds_the_package_the_script_and_the_requirements_and_no_re
     assert {"requirements.txt", "sagemaker_torchrun.sh", "resonance/cli.py", "resonance/locales/zh-CN.json"} <= {*found}
     assert {"resonance/launch/container.py", "resonance/evaluate/report.html", "resonance/plan/prices.yaml"} <= {*found}
     assert {name for name in found if "/" not in name} == {"requirements.txt", "sagemaker_torchrun.sh"}
-    assert {Path(name).suffix for name in found} <= {".py", ".html", ".yaml", ".sh", ".typed", ".json", ".txt"}
+    assert {name.split("/")[0] for name in found if "/" in name} == {"resonance", METADATA.split("/")[0]}
+    assert {Path(name).suffix for name in found if name != METADATA} <= {
+        ".py",
+        ".html",
+        ".yaml",
+        ".sh",
+        ".typed",
+        ".json",
+        ".txt",
+    }
     # Everything that Python could import is there.
     modules = {f"resonance/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")}
     assert modules <= {*found}
     assert not [name for name in found if "demo_speaker" in name or "nano" in name or "__pycache__" in name]
     assert len(source.archive()) < 1 << 20
+
+
+def test_the_version_is_found_where_only_the_archive_is(tmp_path: Path) -> None:
+    """A container has the package on its path, and pip never installed it there; results name its version."""
+    with tarfile.open(fileobj=BytesIO(source.archive())) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    assert (found.name, found.version) == ("resonance-asr", metadata.version("resonance-asr"))
+
+
+def test_an_installation_that_pip_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(MissingExtraError, match="pip install --no-deps"):
+        source.archive()
 
 
 def test_the_same_files_give_the_same_bytes() -> None:

@@ -167,11 +167,26 @@ def test_recordings_are_copied_to_a_disk_that_is_large_enough_or_read_as_needed(
     size: int, given: str, mode: str, disk: int
 ) -> None:
     settings = config(input_mode=given)
-    job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {}, data_bytes=size << 30)
+    job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {}, {"train": size << 30})
     made = request.training_job(settings, job)
     train, code = made["InputDataConfig"]
     assert (train["InputMode"], code["InputMode"]) == (mode, "File")
     assert made["ResourceConfig"]["VolumeSizeInGB"] == disk
+
+
+def test_a_model_is_copied_even_where_recordings_are_not_and_needs_room() -> None:
+    settings = config(input_mode="FastFile", model_data=f"s3://{BUCKET}/base")
+    job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {}, {"train": 900 << 30, "model": 6 << 30})
+    made = request.training_job(settings, job)
+    assert {c["ChannelName"]: c["InputMode"] for c in made["InputDataConfig"]} == {
+        "train": "FastFile",
+        "model": "File",
+        "code": "File",
+    }
+    assert made["ResourceConfig"]["VolumeSizeInGB"] == 56
+    small = config(input_mode="File", model_data=f"s3://{BUCKET}/base", volume_size=200)
+    with pytest.raises(ConfigError, match="volume_size 200 GB has no room for 906 GB"):
+        request.training_job(small, job)
 
 
 def test_requests_and_limits_are_those_of_the_service_model() -> None:
@@ -182,7 +197,7 @@ def test_requests_and_limits_are_those_of_the_service_model() -> None:
     assert model.shape_for("HyperParameterValue").metadata["max"] == hyperparameters.LONGEST_VALUE
 
     settings = config(spot=True, use_wandb=True, validation_data=f"s3://{BUCKET}/dev", model_data=f"s3://{BUCKET}/base")
-    job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {"a": "b"}, data_bytes=1)
+    job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {"a": "b"}, {"train": 1, "validation": 1, "model": 1})
     checked: list[str] = []
 
     def check(shape: Any, value: Any) -> None:
@@ -239,6 +254,7 @@ def test_every_given_setting_is_a_hyperparameter_and_is_read_back_as_what_it_was
         ({"role": "SageMakerRole"}, "ARN of a role"),
         ({"name": "anna_1"}, "letters, digits and hyphens"),
         ({"learn_rate": "1"}, "learn_rate is not a setting"),
+        ({"hub_token": "hf_x"}, "hub_token is a secret"),
     ],
 )
 def test_settings_that_no_job_can_have_are_refused(values: dict[str, object], said: str) -> None:

@@ -63,6 +63,7 @@ def _no_keys() -> str:
 def explained(what: str) -> Iterator[None]:
     """Turn AWS' errors in the block, which is about `what`, into CloudError."""
     import botocore.exceptions as aws
+    from boto3.exceptions import Boto3Error
 
     try:
         yield
@@ -84,7 +85,7 @@ def explained(what: str) -> Iterator[None]:
                 "{what}: AWS cannot be reached ({reason}). Check the network, the proxy (HTTPS_PROXY) and the region."
             ).format(what=what, reason=error)
         ) from error
-    except aws.BotoCoreError as error:
+    except (aws.BotoCoreError, Boto3Error) as error:
         raise CloudError(_("{what}: {reason}").format(what=what, reason=error)) from error
 
 
@@ -160,8 +161,8 @@ class Listing:
     has_dataset: bool  # of Hugging Face, which takes a package to read
 
 
-def look(client: Any, folder: Folder, enough: int) -> Listing:
-    """Count objects until there are `enough` bytes. Raises CloudError where there are none."""
+def look(client: Any, folder: Folder, enough: int | None) -> Listing:
+    """Count objects, all or until there are more than `enough` bytes. Raises CloudError where there are none."""
     count = size = 0
     has_dataset = False
     with explained(str(folder)):
@@ -170,7 +171,7 @@ def look(client: Any, folder: Folder, enough: int) -> Listing:
             count += len(objects)
             size += sum(item["Size"] for item in objects)
             has_dataset = has_dataset or any(item["Key"].endswith("/dataset_info.json") for item in objects)
-            if size > enough:
+            if enough is not None and size > enough:
                 break
     if not count:
         raise CloudError(

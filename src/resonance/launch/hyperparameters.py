@@ -21,6 +21,7 @@ from resonance.messages import _
 MOST = 100
 LONGEST_NAME = 256  # characters
 LONGEST_VALUE = 2500  # characters
+SECRET = ("hub_token",)  # settings that nobody else may read
 
 
 def from_config(config: SubmitConfig, channels: list[str]) -> dict[str, str]:
@@ -56,6 +57,12 @@ def _limits(found: Mapping[str, str]) -> list[str]:
             ).format(count=len(found), most=MOST)
         )
     for name, value in found.items():
+        if name in SECRET:
+            problems.append(
+                _(
+                    "{name} is a secret, but hyper-parameters can be read by everybody in the AWS account. Leave it out."
+                ).format(name=name)
+            )
         if len(name) > LONGEST_NAME or len(value) > LONGEST_VALUE:
             problems.append(
                 _("{name} has {length} characters, but a SageMaker job takes at most {most} for a setting.").format(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from resonance.config_sagemaker import SubmitConfig
+from resonance.errors import ConfigError
 from resonance.launch import metrics
+from resonance.messages import _
 from resonance.units import GIBIBYTE
 
 CODE = "/opt/ml/code"
@@ -27,7 +29,7 @@ class Job:
     image: str
     output: str  # S3 folder of all jobs
     hyperparameters: dict[str, str]
-    data_bytes: int  # of all channels
+    channel_bytes: dict[str, int]
 
     @property
     def folder(self) -> str:
@@ -45,11 +47,18 @@ def channels(config: SubmitConfig) -> dict[str, str]:
 
 
 def training_job(config: SubmitConfig, job: Job) -> dict[str, Any]:
-    """The whole request."""
-    mode = config.input_mode
-    if mode == "auto":
-        mode = "File" if job.data_bytes <= COPIED_UP_TO else "FastFile"
-    copied = job.data_bytes if mode == "File" else 0
+    """The whole request. Raises ConfigError where the disk that was asked for is too small."""
+    modes = _input_modes(config, job)
+    copied = sum(size for name, size in job.channel_bytes.items() if modes[name] == "File")
+    needed = -(-copied // GIBIBYTE)
+    if config.volume_size and config.volume_size <= needed:
+        raise ConfigError(
+            [
+                _(
+                    "volume_size {size} GB has no room for {needed} GB that are copied from S3. Leave it out, or give more."
+                ).format(size=config.volume_size, needed=needed)
+            ]
+        )
     stop = {"MaxRuntimeInSeconds": config.max_run}
     if config.spot:
         stop["MaxWaitTimeInSeconds"] = config.max_wait or config.max_run + SPARE_WAIT
@@ -59,12 +68,12 @@ def training_job(config: SubmitConfig, job: Job) -> dict[str, Any]:
         "HyperParameters": job.hyperparameters,
         "AlgorithmSpecification": {
             "TrainingImage": job.image,
-            "TrainingInputMode": mode,
+            "TrainingInputMode": modes["train"],
             "ContainerEntrypoint": ["/bin/bash", "-c", START],
             "MetricDefinitions": metrics.definitions(),
         },
         "InputDataConfig": [
-            *(_channel(name, uri, "File" if name == "model" else mode) for name, uri in channels(config).items()),
+            *(_channel(name, uri, modes[name]) for name, uri in channels(config).items()),
             _channel("code", job.source, "File"),
         ],
         "OutputDataConfig": {"S3OutputPath": job.output},
@@ -75,7 +84,7 @@ def training_job(config: SubmitConfig, job: Job) -> dict[str, Any]:
         "ResourceConfig": {
             "InstanceType": config.instance_type,
             "InstanceCount": config.instance_count,
-            "VolumeSizeInGB": config.volume_size or -(-copied // GIBIBYTE) + SPARE_DISK,
+            "VolumeSizeInGB": config.volume_size or needed + SPARE_DISK,
         },
         "StoppingCondition": stop,
         "EnableManagedSpotTraining": config.spot,
@@ -86,6 +95,15 @@ def training_job(config: SubmitConfig, job: Job) -> dict[str, Any]:
         # No key leaves this machine: the run is kept in output.tar.gz, for `wandb sync`.
         request["Environment"] = {"WANDB_MODE": "offline", "WANDB_DIR": "/opt/ml/output/data"}
     return request
+
+
+def _input_modes(config: SubmitConfig, job: Job) -> dict[str, str]:
+    """How each channel is brought to the machine. A model is read whole, once: it is always copied."""
+    recordings = sum(size for name, size in job.channel_bytes.items() if name != "model")
+    mode: str = config.input_mode
+    if mode == "auto":
+        mode = "File" if recordings <= COPIED_UP_TO else "FastFile"
+    return {name: "File" if name == "model" else mode for name in channels(config)}
 
 
 def _channel(name: str, uri: str, mode: str) -> dict[str, Any]:

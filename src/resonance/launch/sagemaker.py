@@ -1,17 +1,20 @@
 """Jobs on Amazon SageMaker: start one, ask about it, read its log, fetch what it made.
 
 Of the SageMaker Python SDK v3 only sagemaker-core is used. ModelTrainer, in sagemaker-train, names jobs itself, uploads
-before it has a request to show, creates a bucket, reports its use to AWS and needs 560 MB of packages.
+before it has a request to show, creates a bucket, reports its use to AWS and needs 500 MB more of packages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import shutil
+import signal
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,11 +23,11 @@ from typing import Any
 from resonance.config_sagemaker import SubmitConfig
 from resonance.errors import CloudError, ConfigError, Interrupted
 from resonance.launch import aws, hyperparameters, request, source
+from resonance.launch.logs import GROUP, JobLog
 from resonance.messages import _
 from resonance.model.adapters import INFO_FILE, read_info
 
 PYTORCH = {"version": "2.8", "py_version": "py312"}  # of AWS' image
-LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
 POLL_SECONDS = 10.0
 Say = Callable[[str], None]
@@ -54,7 +57,7 @@ def submit(config: SubmitConfig, say: Say = print) -> str:
         image=config.image or _image(session.region_name, config.instance_type),
         output=str(output),
         hyperparameters=settings,
-        data_bytes=sum(found.bytes for found in listings.values()),
+        channel_bytes={name: found.bytes for name, found in listings.items()},
     )
     wanted = request.training_job(config, job)
     if config.dry_run:
@@ -196,22 +199,19 @@ def describe(job: Any) -> Iterator[str]:
         yield _("reason: {reason}").format(reason=job.failure_reason)
 
 
-def show_log(job: Any, *, follow: bool, say: Say = print) -> str:
+def show_log(job: Any, region: str | None, *, follow: bool, say: Say = print) -> str:
     """Print the job's log, until it has ended where `follow` says so. Returns the job's status."""
-    from sagemaker.core.utils.logs import MultiLogStreamHandler
-
     several = job.resource_config.instance_count > 1
-    log = MultiLogStreamHandler(LOG_GROUP, job.training_job_name, job.resource_config.instance_count)
+    log = JobLog(aws.session(region).client("logs"), job.training_job_name)
     phase = None
     while True:
-        with aws.explained(LOG_GROUP):
+        with aws.explained(GROUP):
             ended = job.training_job_status in ENDED  # asked before the log is read to its end
             if follow and job.secondary_status != phase:
                 phase = job.secondary_status
                 say(_("-- {name}: {phase}").format(name=job.training_job_name, phase=phase))
-            for stream, event in log.get_latest_log_events():
-                host = f"[{stream.rpartition('/')[2].rpartition('-')[0]}] " if several else ""
-                say(f"{host}{event['message']}")
+            for machine, line in log.new_lines():
+                say(f"[{machine}] {line}" if several else line)
             if ended or not follow:
                 return str(job.training_job_status)
             time.sleep(POLL_SECONDS)
@@ -221,10 +221,10 @@ def show_log(job: Any, *, follow: bool, say: Say = print) -> str:
 def wait(name: str, region: str | None, say: Say = print) -> int:
     """Show the log until the job has ended. Returns 0 where it is complete. Ctrl-C leaves the job running."""
     try:
-        status = show_log(job := find(name, region), follow=True, say=say)
+        status = show_log(job := find(name, region), region, follow=True, say=say)
     except KeyboardInterrupt:
         text = _("The job goes on. See it again with: resonance sagemaker logs {name} --follow").format(name=name)
-        raise Interrupted(text, 2) from None
+        raise Interrupted(text, signal.SIGINT) from None
     if status != "Completed":
         raise CloudError("\n".join(describe(job)))
     return 0
@@ -246,31 +246,45 @@ def download(name: str, output_dir: Path, region: str | None = None) -> Path:
             .format(name=name, status=status, reason=job.failure_reason or "")
             .rstrip()
         )
-    if output_dir.exists() and any(output_dir.iterdir()):
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise CloudError(_("{path} is there already. Choose another folder.").format(path=output_dir))
     storage = aws.session(region).client("s3")
-    folder, _slash, file = job.model_artifacts.s3_model_artifacts.rpartition("/")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as part:
-        whole, model = Path(part) / "run", Path(part) / "result"
-        whole.mkdir()
-        _fetch(storage, aws.Folder.of(folder), file, model)
-        if not (model / INFO_FILE).is_file():
-            raise CloudError(
-                _("{name} ended without a result ({status}). Its checkpoints continue with --checkpoints.").format(
-                    name=name, status=status
-                )
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as part:
+            whole = Path(part) / "run"
+            kind = _fetch_run(storage, job, whole)
+            if output_dir.exists():
+                output_dir.rmdir()
+            whole.rename(output_dir)
+    except OSError as error:
+        raise CloudError(
+            _("{path}: cannot be written ({reason}). Choose another folder or free some space.").format(
+                path=output_dir, reason=error.strerror or error
             )
-        kind = "adapter" if read_info(model).kind == "lora" else "model"
-        with contextlib.suppress(_Absent):
-            _fetch(storage, aws.Folder.of(folder), "output.tar.gz", whole)
-        if (whole / kind).exists():
-            raise CloudError(_("{file} holds what no training writes: {name}").format(file="output.tar.gz", name=kind))
-        model.rename(whole / kind)
-        if output_dir.exists():
-            output_dir.rmdir()
-        whole.rename(output_dir)
+        ) from error
     return output_dir / kind
+
+
+def _fetch_run(storage: Any, job: Any, target: Path) -> str:
+    """Both archives of a job in `target`. Returns the name of the result's folder there."""
+    uri, _slash, file = job.model_artifacts.s3_model_artifacts.rpartition("/")
+    folder, result = aws.Folder.of(uri), target.with_name("result")
+    target.mkdir()
+    _fetch(storage, folder, file, result)
+    if not (result / INFO_FILE).is_file():
+        raise CloudError(
+            _("{name} ended without a result ({status}). Its checkpoints continue with --checkpoints.").format(
+                name=job.training_job_name, status=job.training_job_status
+            )
+        )
+    kind = "adapter" if read_info(result).kind == "lora" else "model"
+    with contextlib.suppress(_Absent):
+        _fetch(storage, folder, "output.tar.gz", target)
+    if (target / kind).exists():
+        raise CloudError(_("{file} holds what no training writes: {name}").format(file="output.tar.gz", name=kind))
+    result.rename(target / kind)
+    return kind
 
 
 class _Absent(CloudError):  # noqa: N818 - says what is so; whether that is a fault depends on the archive
@@ -282,7 +296,7 @@ def _fetch(storage: Any, folder: aws.Folder, name: str, target: Path) -> None:
     from botocore.exceptions import ClientError
 
     uri = f"{folder}/{name}"
-    with tempfile.TemporaryFile() as stream, aws.explained(uri):
+    with tempfile.TemporaryFile(dir=target.parent) as stream, aws.explained(uri):
         try:
             storage.download_fileobj(folder.bucket, f"{folder.prefix}{name}", stream)
         except ClientError as error:
@@ -295,7 +309,7 @@ def _fetch(storage: Any, folder: aws.Folder, name: str, target: Path) -> None:
         try:
             with tarfile.open(fileobj=stream, mode="r:gz") as tar:
                 tar.extractall(target, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             shutil.rmtree(target, ignore_errors=True)
             raise CloudError(
                 _("{uri} cannot be unpacked: {reason}. Nothing was kept.").format(uri=uri, reason=error)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from resonance.errors import MissingExtraError
+from resonance.messages import _
+
 SUFFIXES = frozenset({".py", ".html", ".yaml", ".sh", ".typed"})
 DATA = ("locales/*.json",)
 BUILT_IN_MODELS = {"resonance/nano": "nano/*"}
@@ -36,7 +39,7 @@ def _may_go(path: Path) -> bool:
 def requirements(extras: Sequence[str] = ()) -> list[str]:
     """What this installation of Resonance needs, with `extras`, in the form of a requirements file."""
     found = []
-    for line in metadata.requires("resonance-asr") or []:
+    for line in _installed().requires or []:
         needed = Requirement(line)
         if needed.name == "torch":
             continue  # the image has its own
@@ -46,13 +49,26 @@ def requirements(extras: Sequence[str] = ()) -> list[str]:
     return found
 
 
+def _installed() -> metadata.Distribution:
+    """What pip knows of this installation. Raises MissingExtraError where it was never installed."""
+    try:
+        return metadata.distribution("resonance-asr")
+    except metadata.PackageNotFoundError:
+        text = _("Resonance itself is not installed. In its folder: {command}")
+        raise MissingExtraError(text.format(command="pip install --no-deps -e .")) from None
+
+
 def archive(extras: Sequence[str] = (), model: str = "") -> bytes:
-    """A .tar.gz with `resonance/`, `requirements.txt` and the start script; the same bytes for the same files."""
+    """A .tar.gz of `resonance/`, its metadata, `requirements.txt` and the start script; the same bytes for the same files."""
     package = Path(__file__).parent.parent
     contents = {
         f"resonance/{path.relative_to(package).as_posix()}": path.read_bytes() for path in files(package, model)
     }
     contents["requirements.txt"] = "".join(f"{line}\n" for line in requirements(extras)).encode()
+    # Results name the version that made them, which Python looks up here.
+    contents[f"resonance_asr-{_installed().version}.dist-info/METADATA"] = (
+        _installed().read_text("METADATA") or ""
+    ).encode()
     contents[SCRIPT] = (Path(__file__).with_name(SCRIPT)).read_bytes()
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
