@@ -117,7 +117,7 @@ class _Heard(io.StringIO):
 
 
 def hyperparameters(folders: Folders, environment: Mapping[str, str]) -> dict[str, str]:
-    """The job's hyper-parameters, without those that AWS' own tools add. Raises ConfigError."""
+    """The job's hyper-parameters as text. Raises ConfigError."""
     file = folders.config / "hyperparameters.json"
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else environment.get("SM_HPS", "{}")
@@ -127,21 +127,17 @@ def hyperparameters(folders: Folders, environment: Mapping[str, str]) -> dict[st
     except (OSError, ValueError) as error:
         source = file if file.is_file() else "SM_HPS"
         raise ConfigError([_("{path}: cannot be read ({reason}).").format(path=source, reason=error)]) from None
-    return {
-        name.replace("-", "_"): _as_text(value)
-        for name, value in values.items()
-        if not name.startswith("sagemaker_") and name != "mp_parameters"
-    }
+    return {name.replace("-", "_"): _as_text(value) for name, value in values.items()}
 
 
 def _as_text(value: object) -> str:
     """The text of a hyper-parameter, which some of AWS' tools write as JSON inside the text."""
-    if isinstance(value, str):
-        if len(value) > 1 and value[0] == value[-1] == '"':
-            with contextlib.suppress(ValueError):
-                return str(json.loads(value))
-        return value
-    return json.dumps(value)
+    if isinstance(value, str) and value[:1] in ('"', "["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -152,10 +148,10 @@ def read_flags(argv: Sequence[str]) -> dict[str, str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            found[name] = value if equals else "true"
+            found[name] = _as_text(value) if equals else "true"
             name = "" if equals else name
         elif name:
-            found[name], name = word, ""
+            found[name], name = _as_text(word), ""
         else:
             raise ConfigError([_("{text} belongs to no setting.").format(text=repr(word))])
     return found
@@ -163,7 +159,7 @@ def read_flags(argv: Sequence[str]) -> dict[str, str]:
 
 def training_settings(given: Mapping[str, str], folders: Folders) -> dict[str, str]:
     """`given` with paths taken from the channels, the folder for checkpoints, and the wish to continue what is there."""
-    settings = {name: value for name, value in given.items() if name not in OWNED}
+    settings = {name: value for name, value in given.items() if name not in OWNED and not _of_aws(name)}
     train = folders.channels["train"]
     validation = folders.channels.get("validation")
     for name, channel in (("dataset_dir", train), ("train_file", train), ("validation_file", validation or train)):
@@ -179,6 +175,11 @@ def training_settings(given: Mapping[str, str], folders: Folders) -> dict[str, s
         settings.pop("base_model", None)
         settings["model_name_or_path"] = str(folders.channels["model"])
     return settings | {"output_dir": str(folders.checkpoints), "resume": "true"}
+
+
+def _of_aws(name: str) -> bool:
+    """Whether AWS' own tools have put the name among the hyper-parameters."""
+    return name.startswith("sagemaker_") or name == "mp_parameters"
 
 
 def hand_over(folders: Folders) -> None:
