@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from resonance.cli import run
+from resonance.errors import ConfigError
 from resonance.launch import metrics, source
 from resonance.launch.container import (
     Folders,
@@ -111,6 +112,31 @@ def test_a_job_s_own_archive_trains_hands_over_the_result_and_prints_what_the_me
     ]
     assert len(measured) == 3 and len(training) == 5
     assert read["validation:wer_percent"] == read["validation:mer_percent"] == []  # the run measures one of them
+
+
+@posix
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("no-such-package-of-ours==9", "Packages could not be installed"), (None, "The container has no PyTorch")],
+    ids=["package", "PyTorch"],
+)
+def test_a_container_that_lacks_something_says_so(line: str | None, said: str, container: Any) -> None:
+    code = container.root / "code"
+    with tarfile.open(fileobj=BytesIO(source.archive())) as tar:
+        tar.extractall(code, filter="data")
+    environment = {**container.environment, "PIP_NO_INDEX": "1"}
+    if line:
+        (code / "requirements.txt").write_text(line, encoding="utf-8")
+    else:  # a Python without packages
+        (code / "bin").mkdir()
+        (code / "bin/python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n', encoding="utf-8")
+        (code / "bin/python3").chmod(0o755)
+        environment["PATH"] = f"{code / 'bin'}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", str(code / "sagemaker_torchrun.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert said in container.failure and said in done.stderr
 
 
 @posix
@@ -269,6 +295,7 @@ def test_a_failure_is_cut_to_what_sagemaker_shows_and_the_first_one_stays(contai
 def test_settings_come_from_the_variables_where_there_is_no_file(tmp_path: Path) -> None:
     folders = Folders.of({"SM_INPUT_CONFIG_DIR": str(tmp_path)})
     values = {
+        "target_modules": ["q_proj", "v_proj"],
         "learning_rate": 1e-5,
         "gradient_checkpointing": True,
         "language": "zh",
@@ -280,13 +307,31 @@ def test_settings_come_from_the_variables_where_there_is_no_file(tmp_path: Path)
         "gradient_checkpointing": "true",
         "language": "zh",
         "per_device_train_batch_size": "16",
+        "target_modules": "q_proj,v_proj",
     }
     assert hyperparameters(folders, {}) == {}
 
 
 def test_flags_are_read_in_every_spelling() -> None:
-    argv = ["--max-steps", "7", "--fp16", "--language=zh", "--learning_rate", "-1"]
-    assert read_flags(argv) == {"max_steps": "7", "fp16": "true", "language": "zh", "learning_rate": "-1"}
+    argv = [
+        "--max-steps",
+        "7",
+        "--fp16",
+        "--language=zh",
+        "--learning_rate",
+        "-1",
+        "--target_modules",
+        '["fc1", "fc2"]',
+    ]
+    assert read_flags(argv) == {
+        "max_steps": "7",
+        "fp16": "true",
+        "language": "zh",
+        "learning_rate": "-1",
+        "target_modules": "fc1,fc2",
+    }
+    with pytest.raises(ConfigError, match="'7' belongs to no setting"):
+        read_flags(["--max_steps=7", "7"])
 
 
 def test_paths_are_taken_from_the_channels_and_what_the_container_owns_stays() -> None:
@@ -294,6 +339,8 @@ def test_paths_are_taken_from_the_channels_and_what_the_container_owns_stays() -
     data = "/opt/ml/input/data/train"
     owned = {"output_dir": "/opt/ml/checkpoints", "resume": "true"}
     assert training_settings({"output_dir": "x", "resume": "false"}, folders) == {"train_file": data, **owned}
+    of_aws = {"sagemaker_program": "entry.py", "sagemaker_region": "x", "mp_parameters": "{}"}
+    assert training_settings(of_aws, folders) == {"train_file": data, **owned}
     assert training_settings({"json_file": "a.json"}, folders) == {"json_file": "a.json", "dataset_dir": data, **owned}
     assert training_settings({"dataset_dir": data}, folders) == {"dataset_dir": data, "train_file": data, **owned}
     assert training_settings({"train_file": "lists/a.json"}, folders)["train_file"] == f"{data}/lists/a.json"

@@ -313,6 +313,13 @@ def nothing_else(monkeypatch: pytest.MonkeyPatch, cloud: Any) -> None:
         (nothing_else, ["--instance_type", "ml.p4d.24xlage"], 1, "Did you mean ml.p4d.24xlarge"),
         (nothing_else, ["--instance_type", "nonsense"], 1, "An example is ml.g5.2xlarge"),
         (nothing_else, ["--lora_r", "x", "--learn_rate", "1"], 2, "learn_rate is not a setting"),
+        (
+            nothing_else,
+            ["--data", f"s3://{BUCKET}"],
+            2,
+            "results would go to s3://voices/resonance, inside s3://voices,",
+        ),
+        (nothing_else, ["--output", f"s3://{BUCKET}/anna/out"], 2, "inside s3://voices/anna,"),
         (nothing_else, ["--eval_steps", "100", "--max_steps", "10"], 2, "nothing would ever be measured"),
     ],
 )

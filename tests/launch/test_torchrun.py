@@ -25,7 +25,8 @@ def test_two_machines_with_eight_gpus_each(tmp_path: Path) -> None:
     }
     machines = cluster(environment)
     assert machines == Cluster(("algo-1", "algo-2"), "algo-2", "eth1", 8)
-    assert command(machines, ["--max_steps=4"]) == [
+    words = command(machines, ["--max_steps=4"])
+    assert [word for word in words if not word.startswith("--shutdown")] == [
         *(*LAUNCHER, "--nnodes=2", "--node_rank=1", "--nproc_per_node=8", "--master_addr=algo-1", "--master_port=7777"),
         *(*ENTRY, "--max_steps=4"),
     ]
@@ -36,6 +37,7 @@ def test_torchrun_takes_the_command() -> None:
     words = command(Cluster(("algo-1", "algo-2"), "algo-1", "eth0", 8), ["--max_steps=4"])
     taken = run.parse_args(words[3:])
     assert (taken.nnodes, taken.nproc_per_node, taken.node_rank, taken.master_addr) == ("2", "8", 0, "algo-1")
+    assert getattr(taken, "shutdown_timeout", 110) == 110  # older ones do not know it, and are not given it
     assert taken.module and taken.training_script == ENTRY[1] and taken.training_script_args == ["--max_steps=4"]
 
 

@@ -40,6 +40,8 @@ def submit(config: SubmitConfig, say: Say = print) -> str:
     """
     channels = request.channels(config)
     settings = hyperparameters.from_config(config, [*channels])
+    output = aws.Folder.of(config.output or f"s3://{aws.Folder.of(config.data).bucket}/resonance")
+    _check_apart(output, channels)
     session = aws.session(config.region)
     client, storage = session.client("sagemaker"), session.client("s3")
     aws.check_instance_type(client, config.instance_type)
@@ -48,7 +50,6 @@ def submit(config: SubmitConfig, say: Say = print) -> str:
     name = config.name or f"resonance-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"[:-3]
     if config.name:
         _check_free(client, name)
-    output = aws.Folder.of(config.output or f"s3://{aws.Folder.of(config.data).bucket}/resonance")
     with aws.explained(str(output)):
         storage.head_bucket(Bucket=output.bucket)
     job = request.Job(
@@ -81,6 +82,20 @@ def _check_files(config: SubmitConfig, storage: Any) -> None:
     if config.json_file and (config.dataset_dir is None or not config.dataset_dir.is_absolute()):
         name = (config.dataset_dir or Path()) / config.json_file
         aws.check_file(storage, train, name.as_posix(), "json_file")
+
+
+def _check_apart(output: aws.Folder, channels: dict[str, str]) -> None:
+    """Raise ConfigError where results would become input of the next job."""
+    for folder in map(aws.Folder.of, channels.values()):
+        if output.bucket == folder.bucket and output.prefix.startswith(folder.prefix):
+            raise ConfigError(
+                [
+                    _(
+                        "The results would go to {output}, inside {folder}, and be taken for recordings by the next job. Give "
+                        "another --output, or keep the recordings in a folder of their own."
+                    ).format(output=output, folder=folder)
+                ]
+            )
 
 
 def _check_free(client: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from resonance.errors import ConfigError, ResonanceError
 from resonance.messages import _
 
 PORT = "7777"
+SECONDS_TO_SAVE = 110
 ENTRY = ("-m", "resonance.sagemaker_entry")
 
 
@@ -72,8 +74,19 @@ def command(machines: Cluster, argv: Sequence[str], entry: Sequence[str] = ENTRY
         *(sys.executable, "-m", "torch.distributed.run"),
         *(f"--nnodes={len(machines.hosts)}", f"--node_rank={machines.rank}"),
         *(f"--nproc_per_node={machines.processes}", f"--master_addr={machines.hosts[0]}", f"--master_port={PORT}"),
+        *_patience(),
         *(*entry, *argv),
     ]
+
+
+def _patience() -> list[str]:
+    """More than torchrun's 30 s between SIGTERM and the kill, where it takes it: SageMaker leaves 120 to save a checkpoint."""
+    torch = importlib.util.find_spec("torch")  # finds the folder, imports nothing
+    if torch is None or not torch.submodule_search_locations:
+        return []
+    launcher = Path(torch.submodule_search_locations[0]) / "distributed" / "run.py"
+    known = "--shutdown-timeout" in launcher.read_text(encoding="utf-8")
+    return [f"--shutdown-timeout={SECONDS_TO_SAVE}"] if known else []
 
 
 def main() -> None:
