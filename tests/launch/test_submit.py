@@ -174,6 +174,19 @@ def test_recordings_are_copied_to_a_disk_that_is_large_enough_or_read_as_needed(
     assert made["ResourceConfig"]["VolumeSizeInGB"] == disk
 
 
+def test_what_is_copied_is_counted_to_the_end_and_what_is_not_only_as_far_as_needed(cloud: Any) -> None:
+    from resonance.launch import aws
+
+    for i in range(1005):  # S3 lists a thousand at a time
+        cloud.put_object(Bucket=BUCKET, Key=f"many/{i:04}.wav", Body=b"12")
+    folder = aws.Folder.of(f"s3://{BUCKET}/many")
+    assert aws.look(cloud, folder, None) == aws.Listing(1005, 2010, has_dataset=False)
+    assert aws.look(cloud, folder, 5000) == aws.Listing(1005, 2010, has_dataset=False)
+    assert aws.look(cloud, folder, 10) == aws.Listing(1000, 2000, has_dataset=False)
+    cloud.put_object(Bucket=BUCKET, Key="many/train/dataset_info.json", Body=b"{}")
+    assert aws.look(cloud, folder, None).has_dataset
+
+
 def test_a_model_is_copied_even_where_recordings_are_not_and_needs_room() -> None:
     settings = config(input_mode="FastFile", model_data=f"s3://{BUCKET}/base")
     job = request.Job("x", ROLE, "image", f"s3://{BUCKET}/out", {}, {"train": 900 << 30, "model": 6 << 30})

@@ -45,7 +45,9 @@ def submit(config: SubmitConfig, say: Say = print) -> str:
     session = aws.session(config.region)
     client, storage = session.client("sagemaker"), session.client("s3")
     aws.check_instance_type(client, config.instance_type)
-    listings = {name: aws.look(storage, aws.Folder.of(uri), request.COPIED_UP_TO) for name, uri in channels.items()}
+    # What is copied needs room on the disk; of the rest it is enough to know that it is too much to copy.
+    enough = None if config.input_mode == "File" else request.COPIED_UP_TO
+    listings = {name: aws.look(storage, aws.Folder.of(uri), enough) for name, uri in channels.items()}
     _check_files(config, storage)
     name = config.name or f"resonance-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"[:-3]
     if config.name:
