@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from resonance.cli import run
-from resonance.errors import ConfigError
+from resonance.errors import ConfigError, ManifestError
 from resonance.launch import metrics, source
 from resonance.launch.container import (
     Folders,
@@ -252,6 +252,20 @@ def test_why_a_job_failed_is_told_to_sagemaker(
     assert said in inside.failure and inside.failure.startswith("Error: ")
     assert inside.failure.strip() in told
     assert not any((inside.root / "model").iterdir())
+
+
+def test_what_libraries_print_before_an_error_does_not_hide_it(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resonance import finetune
+
+    def noisy(*args: object) -> None:
+        for _ in range(5_000):
+            print("a warning of a library", file=sys.stderr)
+        raise ManifestError("labels.json: no such file")
+
+    monkeypatch.setattr(finetune, "read_rows", noisy)
+    inside.write_hyperparameters(language="en", max_steps=2)
+    assert train_in_container(run) == 1
+    assert inside.failure == "Error: labels.json: no such file"
 
 
 def test_a_crash_is_told_to_sagemaker_and_goes_on_as_a_crash(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resonance.errors import ConfigError
@@ -57,12 +57,7 @@ class Folders:
     @classmethod
     def of_a_job(cls, channels: Sequence[str]) -> Folders:
         """The folders in the container of a job with these channels."""
-        folders = cls.of({})
-        return cls(**{**{n: getattr(folders, n) for n in cls.__slots__}, "channels": _channels(channels)})
-
-
-def _channels(names: Sequence[str]) -> dict[str, Path]:
-    return {name: Path("/opt/ml/input/data") / name for name in names}
+        return replace(cls.of({}), channels={name: Path("/opt/ml/input/data") / name for name in channels})
 
 
 def train_in_container(
@@ -93,20 +88,24 @@ def train_in_container(
         write_failure(folders, f"{type(error).__name__}: {error}")
         raise
     if code not in (0, *INTERRUPTED):
-        write_failure(folders, heard.getvalue())
+        write_failure(folders, heard.reason())
     return code
 
 
-class _Heard(io.StringIO):
-    """Passes everything on to stderr and keeps the beginning of it."""
+class _Heard(io.TextIOBase):
+    """Passes everything on to stderr and keeps the end of it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.stream = sys.stderr
+        self.end = ""
+
+    def reason(self) -> str:
+        """The error that ended the command, without what libraries printed before it."""
+        start = self.end.rfind("Error: ")
+        return self.end[start:] if start >= 0 else self.end[-FAILURE_CHARACTERS:]
 
     def write(self, text: str) -> int:
-        if self.tell() < 64 * FAILURE_CHARACTERS:
-            super().write(text)
+        self.end = (self.end + text)[-64 * FAILURE_CHARACTERS :]
         return self.stream.write(text)
 
     def flush(self) -> None:
