@@ -13,11 +13,12 @@ os.environ["RESONANCE_LANG"] = "en"  # before any text is looked up
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from resonance import cli, cli_data, passthrough
+from resonance import cli, cli_data, cli_sagemaker, passthrough
 from resonance.config import CurveConfig, TrainConfig
 from resonance.config_help import description, expected
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
+from resonance.config_sagemaker import SubmitConfig
 from resonance.config_types import Switch
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -72,9 +73,12 @@ def page() -> str:
         parts += settings(model, f"resonance {name}")
     parts += settings(PlanConfig, "resonance plan", beside=TrainConfig)
     parts += settings(CurveConfig, "resonance curve", beside=TrainConfig)
+    parts += settings(SubmitConfig, "resonance sagemaker submit", beside=TrainConfig)
     parts += training_arguments()
     for name, command in cli_data.COMMANDS.items():
         parts += flags(f"resonance data {name}", command)
+    for name in ("status", "logs", "download"):
+        parts += flags(f"resonance sagemaker {name}", cli_sagemaker.COMMANDS[name])
     parts += flags("resonance demo", cli.demo)
     parts += flags("resonance doctor", cli.doctor)
     return "\n".join(parts) + TAIL

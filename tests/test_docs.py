@@ -18,6 +18,7 @@ from resonance.config import CurveConfig, TrainConfig
 from resonance.config_io import load_yaml, parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
+from resonance.config_sagemaker import SubmitConfig
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ MODELS = {
     "curve": CurveConfig,
     "evaluate": EvaluateConfig,
     "transcribe": TranscribeConfig,
+    "submit": SubmitConfig,
 }
 
 
@@ -51,11 +53,15 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         words = ["resonance", "train" if "finetune" in words[1] else "transcribe", *words[2:]]
     if words[0] != "resonance":
         assert (
-            words[0] in ("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip")
+            words[0] in ("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip", "aws")
             or (ROOT / words[0]).is_file()
         )
         return
     name, *arguments = words[1:]
+    if [name, *arguments[:1]] == ["sagemaker", "submit"]:
+        name, *arguments = "submit", *arguments[1:]
+        if "--config" in arguments:
+            arguments += ["--instance_type", "ml.g5.2xlarge"]
     if name in MODELS:
         if "--resume" in arguments or "--config" in arguments:  # their settings come from a file
             arguments = [*arguments, "--train_file", "recordings"]
@@ -70,7 +76,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         raise _Parsed
 
     monkeypatch.setattr(cli_data.Parser, "parse_args", parse_args)
-    run: Callable[[list[str]], int] = cli.COMMANDS.get(name, cli.data)
+    run: Callable[[list[str]], int] = cli.COMMANDS.get(name, lambda argv: cli.group(name, argv))
     with contextlib.suppress(_Parsed):
         run(arguments)
         pytest.fail(f"{words} was not parsed")
@@ -94,7 +100,7 @@ def test_the_tutorials_have_the_same_commands_in_every_language() -> None:
     def typed(page: str) -> list[list[str]]:
         return [words for words in commands(ROOT / page) if words[0] != "export"]
 
-    for name in ("README", "docs/tutorial"):
+    for name in ("README", "docs/tutorial", "docs/how-to-sagemaker"):
         assert len(typed(f"{name}.md")) >= 7
         for tag in ("zh-CN", "zh-TW"):
             assert typed(f"{name}.{tag}.md") == typed(f"{name}.md")
@@ -131,6 +137,14 @@ def test_the_settings_file_that_is_shown_can_be_read(tmp_path: Path) -> None:
     (block,) = blocks(ROOT / "docs" / "how-to.md", "yaml")
     (tmp_path / "anna.yaml").write_text(block + "output_dir: runs/anna\n", encoding="utf-8")
     assert load_yaml(TrainConfig, tmp_path / "anna.yaml").max_steps == 300
+
+
+@pytest.mark.parametrize("tag", ["", ".zh-CN", ".zh-TW"])
+def test_the_settings_file_of_a_job_can_be_read(tag: str, tmp_path: Path) -> None:
+    (block,) = blocks(ROOT / "docs" / f"how-to-sagemaker{tag}.md", "yaml")
+    (tmp_path / "large.yaml").write_text(block + "data: s3://my-bucket/hours\n", encoding="utf-8")
+    config = load_yaml(SubmitConfig, tmp_path / "large.yaml")
+    assert (config.instance_count, config.max_steps, config.finetuning) == (2, 1024, "full")
 
 
 def script(name: str) -> ModuleType:

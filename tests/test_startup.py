@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 from resonance.cli import run
 codes = [run(command) for command in json.loads(sys.argv[1])]
-heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer", "boto3", "sagemaker"} & set(sys.modules)
 print(json.dumps([codes, sorted(heavy)]))
 """
 
@@ -23,9 +23,19 @@ print(json.dumps([codes, sorted(heavy)]))
         ([["--help"], ["--version"]], 0),
         ([[name, "--help"] for name in ("train", "evaluate", "transcribe")], 0),
         ([["data", name, "--help"] for name in ("check", "convert", "split")], 0),
-        ([["train", "--lora_r", "x"], ["evaluate", "--modle_path", "x"], ["transcribe"], ["trian"]], 2),
+        ([["sagemaker", name, "--help"] for name in ("submit", "status", "logs", "download")], 0),
+        (
+            [
+                ["train", "--lora_r", "x"],
+                ["evaluate", "--modle_path", "x"],
+                ["transcribe"],
+                ["trian"],
+                ["sagemaker", "submit"],
+            ],
+            2,
+        ),
     ],
-    ids=["overview", "command help", "data help", "refusals"],
+    ids=["overview", "command help", "data help", "sagemaker help", "refusals"],
 )
 def test_neither_help_nor_a_refusal_loads_torch(commands: list[list[str]], code: int) -> None:
     done = subprocess.run(

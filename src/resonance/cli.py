@@ -101,8 +101,8 @@ def dispatch(argv: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"resonance {__version__}")
         return 0
-    if name == "data":
-        return data(rest)
+    if name in GROUPS:
+        return group(name, rest)
     if name not in COMMANDS:
         raise ConfigError([unknown(name, COMMANDS)])
     return COMMANDS[name](rest)
@@ -131,6 +131,7 @@ def overview() -> str:
         ("data check", _("find recordings and transcripts that would spoil a training")),
         ("data convert", _("any audio or video to 16 kHz mono WAV")),
         ("data split", _("divide recordings into training and validation")),
+        ("sagemaker", _("train on rented machines of Amazon: submit, status, logs, download")),
         ("doctor", _("what is installed, what this machine can do, what to install for more")),
     ]
     lines = [_("Resonance fine-tunes Whisper on your own recordings and puts the result to work."), ""]
@@ -247,16 +248,28 @@ def demo(argv: list[str]) -> int:
     return demo(args.output_dir, dispatch, plain_console())
 
 
-def data(argv: list[str]) -> int:
-    from resonance import cli_data
-
+def group(title: str, argv: list[str]) -> int:
+    """`resonance data …` and `resonance sagemaker …`."""
+    commands = GROUPS[title]()
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(_("Commands: {names}.").format(names=", ".join(f"resonance data {n}" for n in cli_data.COMMANDS)))
+        print(_("Commands: {names}.").format(names=", ".join(f"resonance {title} {n}" for n in commands)))
         return 0
-    if name not in cli_data.COMMANDS:
-        raise ConfigError([unknown(name, cli_data.COMMANDS)])
-    return cli_data.COMMANDS[name](rest)
+    if name not in commands:
+        raise ConfigError([unknown(name, commands)])
+    return commands[name](rest)
+
+
+def data_commands() -> dict[str, Command]:
+    from resonance import cli_data
+
+    return cli_data.COMMANDS
+
+
+def sagemaker_commands() -> dict[str, Command]:
+    from resonance import cli_sagemaker
+
+    return cli_sagemaker.COMMANDS
 
 
 def doctor(argv: list[str]) -> int:
@@ -270,6 +283,7 @@ def doctor(argv: list[str]) -> int:
     return print_report(ask_hub=args.hub)
 
 
+GROUPS: dict[str, Callable[[], dict[str, Command]]] = {"data": data_commands, "sagemaker": sagemaker_commands}
 COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,

@@ -328,7 +328,11 @@ def _validated(model: type[Config], values: dict[str, Any], merged: Merged, bad:
             return model.model_validate(values | stand_ins)
         except ValidationError as error:
             # A default that depends on a wrong setting is not a second mistake.
-            found = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
+            found = [
+                e
+                for e in error.errors(include_url=False)
+                if e["type"] != "default_factory_not_called" and not {*e["loc"][:1]} & stand_ins.keys()
+            ]
         single = {str(details["loc"][0]): details for details in reversed(found) if details["loc"]}
         for name in model.model_fields:
             if name in single:
@@ -336,7 +340,7 @@ def _validated(model: type[Config], values: dict[str, Any], merged: Merged, bad:
                 del values[name]
                 bad.add(name)
         if not single:
-            for names, message in found[0]["ctx"]["problems"]:
+            for names, message in found[0]["ctx"]["problems"] if found else ():
                 if not bad & set(names):
                     merged.problems.append(_with_sources(merged, names, message))
             return None

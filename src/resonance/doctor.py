@@ -231,6 +231,7 @@ def optional() -> Iterator[Row]:
         "bitsandbytes": (_("8-bit and 4-bit models: --use_8bit, --use_4bit"), "bitsandbytes>=0.48"),
         "datasets": (_("recordings saved as a Hugging Face dataset"), "datasets>=4.0"),
         "wandb": (_("logs at Weights & Biases: --use_wandb"), "wandb>=0.19"),
+        "sagemaker-core": (_("trainings on rented machines of Amazon: resonance sagemaker"), "sagemaker-core"),
         "deepspeed": (_("training on many GPUs") + " " + later, "deepspeed"),
         "ctranslate2": (_("faster transcription") + " " + later, "ctranslate2"),
         "faster-whisper": (_("faster transcription") + " " + later, "faster-whisper"),

@@ -54,6 +54,10 @@ class MissingExtraError(ResonanceError):
     """An optional dependency that the command needs and that is not installed."""
 
 
+class CloudError(ResonanceError):
+    """A cloud provider that refuses a request, or a job there that is not what was asked for."""
+
+
 class OutOfMemoryError(ResonanceError):
     """The device has too little memory for the settings."""
 
