@@ -53,7 +53,11 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         words = ["resonance", "train" if "finetune" in words[1] else "transcribe", *words[2:]]
     if words[0] != "resonance":
         assert (
-            words[0] in ("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip", "aws")
+            words[0]
+            in (
+                *("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip", "aws"),
+                *("torchrun", "accelerate", "deepspeed", "srun", "DS_BUILD_OPS=0"),
+            )
             or (ROOT / words[0]).is_file()
         )
         return

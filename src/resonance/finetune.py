@@ -42,13 +42,15 @@ def finetune(config: TrainConfig, console: Console) -> Path:
             console = Console(quiet=True)
         if config.auto and not runs.RunFolder(config.output_dir).config.is_file():  # a run that has begun has its plan
             config = together.by_main(mine, lambda: planned(config, console))
-        with together.claim(config.output_dir, resume=config.resume, mine=mine) as run:
+        with together.claim(config.output_dir, resume=config.resume, mine=mine) as (run, mine):
             return train_until_it_fits(config, run, mine, console)
 
 
 def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, console: Console) -> Path:
     """Train, with smaller settings where memory runs out."""
-    together.by_main(mine, lambda: resume.check_checkpoints(run, console))
+    with together.agreeing(mine):
+        if mine.writes:
+            resume.check_checkpoints(run, console)
     with together.agreeing(mine):
         config = ladder.resumed(config, run)
         resume.check_settings(config, run, mine.world)
@@ -97,9 +99,9 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
     model = build.choose_weights(whisper, config)
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
     with together.agreeing(mine):
-        trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
+        trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only, mine)
     announce(config, rows, only, model, trainer, console)
-    if mine.main:
+    if mine.writes:
         record(config, rows, run)
     shape = shape_from_config(whisper.model.config.to_dict())
     if not run.latest_checkpoint():
@@ -228,7 +230,7 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, shape: WhisperShape, con
             line.stop()
         if stop.agree():
             saved = trainer.save_now()
-            if not measured:
+            if not measured or stop.unmeasured:
                 (saved / resume.UNMEASURED_FILE).touch()
             raise Interrupted(
                 _("Stopped at step {step}. {folder} is saved; continue with --resume.").format(

@@ -22,11 +22,17 @@ class Ranks:
     local: int = 0  # among those of this machine, which decides its GPU
     restarts: int = 0  # how often torchrun has started all of them again
     launched: bool = False  # whether something has started it as one of several, be it of one
+    own_disk: bool = False  # whether other machines do not see what the main one writes
 
     @property
     def main(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this one speaks for all, and writes the result."""
         return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this one writes what a run is continued from: one for each disk."""
+        return self.main or (self.own_disk and self.local == 0)
 
 
 def ranks(environment: Mapping[str, str] = os.environ) -> Ranks:

@@ -277,13 +277,20 @@ def hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_two_machines_meet_and_train_as_one(train: Callable[..., Training], hosts: list[list[str]]) -> None:
-    alone = train("alone", "--per_device_train_batch_size=4")
+@pytest.mark.parametrize("own_disks", [False, True])
+def test_two_machines_meet_and_train_as_one(
+    own_disks: bool, train: Callable[..., Training], whole: Training, hosts: list[list[str]]
+) -> None:
     meeting = ["--nnodes=2", "--rdzv=10.77.0.1:29417", "--per_device_train_batch_size=2", "--lora_dropout=0"]
-    both = [train("machines", *meeting, f"--node_rank={i}", on=host) for i, host in enumerate(hosts)]
-    assert [one.end() for one in (alone, *both)] == [0, 0, 0], both[0].said()
-    assert_same(alone, both[0], TOLERANCE)
+    names = [f"machines-{own_disks}-0", f"machines-{own_disks}-{int(own_disks)}"]
+    both = [
+        train(name, *meeting, f"--node_rank={i}", on=host)
+        for i, (name, host) in enumerate(zip(names, hosts, strict=True))
+    ]
+    assert [one.end() for one in both] == [0, 0], both[0].said() + both[1].said()
+    assert_same(whole, both[0], TOLERANCE)
     assert both[0].said().count("The result is in") == 1 and "Traceback" not in both[0].said()
+    assert all(one.checkpoint(6) for one in both)  # each machine can go on from what it sees
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from resonance.config import TrainConfig
 from resonance.data.audio_context import AudioContext
 from resonance.data.tokens import LabelTokenizer
 from resonance.model.runs import RunFolder
+from resonance.ranks import ranks
 from resonance.train import build
 from resonance.train.rows import read_rows
 from resonance.train.trainer import WhisperTrainer
@@ -77,7 +78,7 @@ def trainer_for(given: dict[str, Any]) -> WhisperTrainer:
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
-    return build.build_trainer(config, run, rows, whisper, model, tokenizer, context, "en")
+    return build.build_trainer(config, run, rows, whisper, model, tokenizer, context, "en", ranks())
 
 
 def train(given: dict[str, Any]) -> Trained:

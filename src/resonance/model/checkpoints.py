@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 COMPLETE_FILE = "complete.json"  # the last file written into a checkpoint: size and SHA-256 of all others
+PROCESSES_FILE = "processes"  # how many trained together
 DAMAGED_FILE = "damaged.json"  # its name where one of them is not as it was written
 
 
@@ -34,6 +35,14 @@ def mark_complete(checkpoint: Path) -> None:
     temporary.replace(checkpoint / COMPLETE_FILE)
     _fsync_folder(checkpoint)
     _fsync_folder(checkpoint.parent)
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes trained together when it was written."""
+    try:
+        return int((checkpoint / PROCESSES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an earlier version: each process left its random state there
+        return max(1, len([*checkpoint.glob("rng_state_*.pth")]))
 
 
 def set_aside_damaged(checkpoints: Path) -> Iterator[tuple[Path, str]]:

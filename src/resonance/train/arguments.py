@@ -12,7 +12,7 @@ from resonance.config import TrainConfig, effective_batch
 from resonance.errors import ConfigError
 from resonance.messages import _
 from resonance.model.precision import Precision
-from resonance.ranks import ranks
+from resonance.ranks import Ranks
 from resonance.train.sharding import sharding_arguments
 
 METRIC_OF_UNIT = {"char": "cer", "word": "wer", "mixed": "mer"}
@@ -31,9 +31,10 @@ def training_arguments(
     metric: str | None,
     train_rows: int,
     on_cpu: bool,
+    mine: Ranks,
 ) -> Seq2SeqTrainingArguments:
     """Arguments for Trainer. `metric` is None when nothing is held out."""
-    per_epoch = max(-(-train_rows // effective_batch(config, ranks().world)), 1)
+    per_epoch = max(-(-train_rows // effective_batch(config, mine.world)), 1)
     steps = config.max_steps or max(round(per_epoch * (config.num_train_epochs or 0)), 1)
     if config.warmup_steps >= max(steps, 2):
         raise ConfigError(

@@ -19,6 +19,7 @@ from resonance.messages import _
 from resonance.model import lora, runs
 from resonance.model.load import Whisper, load_whisper
 from resonance.model.precision import DTYPES, training_precision
+from resonance.ranks import Ranks
 from resonance.train import progress
 from resonance.train.arguments import best_metric, training_arguments
 from resonance.train.resume import EarlyStopping
@@ -65,6 +66,7 @@ def build_trainer(
     tokenizer: LabelTokenizer,
     context: AudioContext,
     language: str | None,
+    mine: Ranks,
 ) -> WhisperTrainer:
     """Rows, collator, arguments, metrics and callbacks put together."""
     augmentation = Augmentation(
@@ -98,7 +100,7 @@ def build_trainer(
             "utterances": len(references)
         }
 
-    callbacks = progress.callbacks(run, config)
+    callbacks = progress.callbacks(run, config, mine)
     if config.early_stopping_patience and rows.held_out:
         callbacks.append(EarlyStopping(config.early_stopping_patience))
     return WhisperTrainer(
@@ -110,6 +112,7 @@ def build_trainer(
             metric=metric if rows.held_out else None,
             train_rows=len(rows.train),
             on_cpu=whisper.model.device.type == "cpu",
+            mine=mine,
         ),
         train_dataset=ClipDataset(
             rows.train,

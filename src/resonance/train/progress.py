@@ -22,6 +22,7 @@ from resonance.data.textfile import write_text_atomic
 from resonance.errors import MissingExtraError
 from resonance.messages import _
 from resonance.model.runs import RunFolder, read_events
+from resonance.ranks import Ranks
 from resonance.train import together
 
 
@@ -141,6 +142,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.received: int | None = None
         self.agreed: int | None = None  # what all of them know of
+        self.unmeasured = False  # whether the step it came in was to be measured
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -173,6 +175,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agree():
+            self.unmeasured = control.should_evaluate
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False
@@ -198,16 +201,14 @@ class LastStep(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = self.evaluate and args.eval_strategy != "no"
 
 
-def callbacks(run: RunFolder, config: TrainConfig) -> list[TrainerCallback]:
-    """`events.jsonl`, TensorBoard under `runs/`, and Weights & Biases where asked for."""
+def callbacks(run: RunFolder, config: TrainConfig, mine: Ranks) -> list[TrainerCallback]:
+    """`events.jsonl`, TensorBoard under `runs/`, and Weights & Biases where asked for: by the main process only."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback, WandbCallback
 
-    chosen = [
-        EventLog(run.events),
-        TensorBoardCallback(SummaryWriter(log_dir=str(run.path / "runs"))),
-        LastStep(evaluate=config.eval_strategy != "no"),
-    ]
+    chosen: list[TrainerCallback] = [LastStep(evaluate=config.eval_strategy != "no")]
+    if mine.main:
+        chosen += [EventLog(run.events), TensorBoardCallback(SummaryWriter(log_dir=str(run.path / "runs")))]
     if config.use_wandb:
         if importlib.util.find_spec("wandb") is None:
             raise MissingExtraError(
@@ -215,5 +216,6 @@ def callbacks(run: RunFolder, config: TrainConfig) -> list[TrainerCallback]:
             )
         if config.wandb_project:
             os.environ["WANDB_PROJECT"] = config.wandb_project  # where transformers' callback looks for it
-        chosen.append(WandbCallback())
+        if mine.main:
+            chosen.append(WandbCallback())
     return chosen

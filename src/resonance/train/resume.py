@@ -17,7 +17,7 @@ from resonance.data.manifest import Utterance
 from resonance.errors import ConfigError, DataError
 from resonance.messages import _
 from resonance.model.adapters import read_info
-from resonance.model.checkpoints import DAMAGED_FILE, is_complete, set_aside_damaged
+from resonance.model.checkpoints import DAMAGED_FILE, is_complete, processes_of, set_aside_damaged
 from resonance.model.runs import RunFolder
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
@@ -84,11 +84,6 @@ def check_settings(config: TrainConfig, run: RunFolder, processes: int) -> None:
             "--output_dir for a new training."
         ).format(path=run.path)
         raise ConfigError(["\n".join([head, *lines])])
-
-
-def processes_of(checkpoint: Path) -> int:
-    """How many processes trained together when it was written: each leaves its random state there."""
-    return max(1, len([*checkpoint.glob("rng_state_*.pth")]))
 
 
 def _differences(

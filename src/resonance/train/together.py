@@ -10,6 +10,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch
 from torch import distributed
 
 from resonance.config import TrainConfig
-from resonance.errors import ConfigError, ElsewhereError, LostContactError, ResonanceError, RunFolderError
+from resonance.errors import ConfigError, ElsewhereError, LostContactError, ResonanceError
 from resonance.messages import _
 from resonance.model import runs
 from resonance.ranks import Ranks, meeting_point, ranks
@@ -137,33 +138,37 @@ def by_main(mine: Ranks, work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def claim(path: Path, *, resume: bool, mine: Ranks) -> Iterator[runs.RunFolder]:
-    """`runs.claim` by the main process, for all. Raises RunFolderError where the others do not see the same folder."""
+def claim(path: Path, *, resume: bool, mine: Ranks) -> Iterator[tuple[runs.RunFolder, Ranks]]:
+    """`runs.claim` for all processes: by the main one, and by one on each machine that has the folder on a disk of its own.
+
+    Yields the folder, and `mine` with what is now known about that.
+    """
     with contextlib.ExitStack() as stack:
         run = by_main(mine, lambda: stack.enter_context(runs.claim(path, resume=resume)))
+        mine = replace(mine, own_disk=not all(gathered(mine, _sees(run, mine))))
         with agreeing(mine):
-            _check_shared(run, mine)
-        yield run
+            if mine.writes and not mine.main:
+                stack.enter_context(runs.claim(path, resume=resume))
+        yield run if mine.main else runs.RunFolder(path), mine
 
 
-def _check_shared(run: runs.RunFolder, mine: Ranks) -> None:
-    """Every process loads the checkpoints that the main one writes."""
-    token = shared(mine, f"{platform.node()} {os.getpid()}")
+def _sees(run: runs.RunFolder, mine: Ranks) -> bool:
+    """Whether this process reads what the main one writes."""
+    if mine.world == 1:
+        return True
+    token = shared(mine, f"{platform.node()} {os.getpid()} {os.urandom(8).hex()}")
     probe = run.path / ".shared"
-    if mine.main and mine.world > 1:
+    if mine.main:
         probe.write_text(token, encoding="utf-8")
     wait(mine)
-    seen = mine.world == 1 or (probe.is_file() and probe.read_text(encoding="utf-8") == token)
-    wait(mine)
-    if mine.main:
-        probe.unlink(missing_ok=True)
-    if not seen:
-        raise RunFolderError(
-            _(
-                "{host} does not see what the first machine writes to {path}. Give an --output_dir on storage that all "
-                "machines share."
-            ).format(host=platform.node(), path=run.path)
-        )
+    try:
+        return probe.read_text(encoding="utf-8") == token
+    except OSError:
+        return False
+    finally:
+        wait(mine)
+        if mine.main:
+            probe.unlink(missing_ok=True)
 
 
 def check_same(mine: Ranks, config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:

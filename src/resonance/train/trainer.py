@@ -23,7 +23,7 @@ from resonance.data.batches import ClipDataset, InOrderSampler, LengthGroupedSam
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
-from resonance.model.checkpoints import is_complete, mark_complete
+from resonance.model.checkpoints import PROCESSES_FILE, is_complete, mark_complete
 from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import write_failure
 from resonance.transcribe.torch_engine import decode
@@ -140,6 +140,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
+                    (folder / PROCESSES_FILE).write_text(str(self.args.world_size), encoding="utf-8")
                     mark_complete(folder)
         except Exception as error:
             reason = write_failure(error)
