@@ -118,6 +118,7 @@ def overview() -> str:
         ("data check", _("find recordings and transcripts that would spoil a training")),
         ("data convert", _("any audio or video to 16 kHz mono WAV")),
         ("data split", _("divide recordings into training and validation")),
+        ("data shard", _("recordings into tar files that a large training streams")),
         ("doctor", _("what is installed, what this machine can do, what to install for more")),
     ]
     lines = [_("Resonance fine-tunes Whisper on your own recordings and puts the result to work."), ""]

@@ -11,6 +11,7 @@ from transformers import set_seed
 from resonance.config import TrainConfig, alignment_steps, batch_warning, effective_batch
 from resonance.config_io import dump_yaml
 from resonance.data.audio_context import AudioContext
+from resonance.data.stream import strided
 from resonance.data.tokens import LabelTokenizer
 from resonance.data.writing import write_manifest
 from resonance.errors import Interrupted, RunFolderError
@@ -24,7 +25,8 @@ from resonance.plan_learning import learn
 from resonance.progress_bar import progress_bar
 from resonance.train import alignment, build, ladder, progress, resume
 from resonance.train.result import describe, save_result
-from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
+from resonance.train.rows import Rows, check_labels, guess_language, read_rows, rows_in_words, single_language
+from resonance.train.stream_rows import write_stream
 from resonance.train.trainer import WhisperTrainer
 
 
@@ -42,7 +44,7 @@ def finetune(config: TrainConfig, console: Console) -> Path:
         if run.result and resume.nothing_left(config, run):
             console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
             return run.result
-        rows = read_rows(config, console)
+        rows = read_rows(config, console, run.clips)
         resume.check_rows(rows, run)
         if not run.latest_checkpoint():
             run.events.unlink(missing_ok=True)  # of a run that left no checkpoint behind
@@ -80,9 +82,14 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
     model = build.choose_weights(whisper, config)
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
     trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only)
+    if trainer.stream:
+        trainer.stream.restore(run.latest_checkpoint())  # refused, where it cannot go on, before anything is written
     announce(config, rows, only, model, trainer, console)
     dump_yaml(config, run.config)
-    write_manifest(run.train_rows, rows.train)
+    if rows.stream:
+        write_stream(rows.stream, run)
+    else:
+        write_manifest(run.train_rows, rows.train)
     if rows.held_out:
         write_manifest(run.held_out_rows, rows.held_out)
     shape = shape_from_config(whisper.model.config.to_dict())
@@ -90,6 +97,9 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
         with ladder.watching(shape):
             align(config, rows, whisper, model, context, run.events, console)
     train(trainer, run, shape, console)
+    if trainer.stream and trainer.stream.left_out:
+        text = _("{count} recordings were read and not trained on: held out, too long, too short or broken.")
+        console.print(text.format(count=trainer.stream.left_out), soft_wrap=True)
     learn(config, rows, shape, trainer, run)
 
     info = describe(config, rows, whisper, trainer, only)
@@ -105,9 +115,7 @@ def announce(
     trainable, total = lora.trainable_share(model)
     devices = trainer.args.world_size
     lines = [
-        _("Recordings: {train} to train on ({hours:.2f} h), {held_out} held out · language {language}").format(
-            train=len(rows.train), hours=rows.hours, held_out=len(rows.held_out), language=language or _("several")
-        ),
+        rows_in_words(rows, language or _("several")),
         _("Model: {name} on {device}; {trainable:,} of {total:,} parameters are trained ({share:.2%})").format(
             name=config.model_name_or_path,
             device=trainer.args.device,
@@ -122,6 +130,12 @@ def announce(
             devices=devices,
         ),
     ]
+    if rows.stream and trainer.stream and strided(rows.stream.source.units, trainer.stream.readers):
+        lines.append(
+            _(
+                "There are fewer parts ({parts}) than processes that read ({readers}): each reads all and keeps its share."
+            ).format(parts=len(rows.stream.source.units), readers=trainer.stream.readers)
+        )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     warning = batch_warning(config, devices)
     if warning:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +13,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from resonance.data.audio import SPAN_SLACK_SECONDS
 from resonance.data.batches import Clip, ClipMaker, Collator
+from resonance.data.choice import Choice
 from resonance.data.decoders import Samples
 from resonance.data.samples import Sample, Source
 from resonance.data.stream import Drawn, Reader, Reading, Standing
 from resonance.errors import DataError
-from resonance.languages import language_code
 from resonance.messages import _
 from resonance.units import SAMPLE_RATE
 
 Batch = dict[str, torch.Tensor]
-GroupKey = Callable[[Sample], str]
 
 
 class Step(NamedTuple):
@@ -31,44 +30,6 @@ class Step(NamedTuple):
     batches: list[Batch]
     reader: int  # the worker's number within its rank
     standing: Standing  # behind these batches
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which samples are trained on."""
-
-    min_seconds: float
-    max_seconds: float
-    language: str | None  # given for all; None: each sample's own
-    held_out: frozenset[str] = frozenset()  # groups that are measured on
-    group_of: GroupKey | None = None
-
-    def __call__(self, sample: Sample) -> Sample | None:
-        """The sample with its length and language, None where it is left out. Raises DataError."""
-        if self.group_of is not None and self.held_out and self.group_of(sample) in self.held_out:
-            return None
-        return self.usable(sample)
-
-    def usable(self, sample: Sample) -> Sample | None:
-        """Like calling it, whether the sample is held out or not."""
-        timed = settled(sample.timed(), self.language)
-        return timed if self.min_seconds <= (timed.utterance.duration or 0.0) <= self.max_seconds else None
-
-
-def settled(sample: Sample, given: str | None) -> Sample:
-    """The sample with Whisper's code of its own language, or none where `given` speaks for all. Raises DataError."""
-    row = sample.utterance
-    if row.language is None:
-        return sample
-    try:
-        code = None if given else language_code(row.language)
-    except ValueError as error:
-        raise DataError(
-            _("{name}: language {language}: {reason} Or give --language for all of them.").format(
-                name=row.audio, language=repr(row.language), reason=error
-            )
-        ) from error
-    return sample._replace(utterance=replace(row, language=code))
 
 
 @dataclass

@@ -118,22 +118,19 @@ def _expanded(name: str) -> list[str]:
 
 
 def _indexed(place: str, index: Index, entries: Sequence[Entry], skip_broken: bool, warn: Warn) -> Source:
+    """The shards of an index. Broken ones that are skipped keep their place: the order of the others stays as it was."""
     sizes = {entry.name: entry.size for entry in entries}
-    broken, whole = [], []
+    broken = {}
     for shard in index.shards:
         if shard.name not in sizes:
-            broken.append(_("{shard} is missing").format(shard=shard.name))
+            broken[shard.name] = _("{shard} is missing").format(shard=shard.name)
         elif sizes[shard.name] != shard.bytes:
-            broken.append(
-                _("{shard} has {found} bytes, the index says {expected}: it is cut off or was changed").format(
-                    shard=shard.name, found=sizes[shard.name], expected=shard.bytes
-                )
-            )
-        else:
-            whole.append(shard)
-    _tell_broken(place, broken, skip_broken, warn)
-    units = [Unit(join(place, shard.name), shard.samples) for shard in whole]
-    return TarShards(place, units, sum(shard.seconds for shard in whole), [shard.sha256 for shard in whole])
+            broken[shard.name] = _(
+                "{shard} has {found} bytes, the index says {expected}: it is cut off or was changed"
+            ).format(shard=shard.name, found=sizes[shard.name], expected=shard.bytes)
+    _tell_broken(place, list(broken.values()), skip_broken, warn)
+    units = [Unit(join(place, shard.name), shard.samples) for shard in index.shards]
+    return TarShards(place, units, index.seconds, [shard.sha256 for shard in index.shards])
 
 
 def _tars(place: str, tars: Sequence[str], entries: Sequence[Entry] | None, skip_broken: bool, warn: Warn) -> Source:

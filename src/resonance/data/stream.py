@@ -92,18 +92,47 @@ def strided(units: Sequence[Unit], readers: int) -> bool:
     return rows_in(units) is None and len(units) < readers
 
 
+class _Fed(NamedTuple):
+    """A sample that is kept, the position behind it, and how many were not kept until then."""
+
+    drawn: Drawn
+    after: Position
+    left_out: int
+
+
+class _Feed:
+    """Samples one after the other, the next one known."""
+
+    def __init__(self, fed: Iterator[_Fed]) -> None:
+        self._fed = fed
+        self._next: _Fed | None = None
+
+    def peek(self) -> _Fed:
+        if self._next is None:
+            self._next = next(self._fed)
+        return self._next
+
+    def take(self) -> _Fed:
+        found, self._next = self.peek(), None
+        return found
+
+
 @dataclass
 class _Pool:
     start: Position
-    left_out: int
+    left_out_before: int
     end: Position  # behind the last sample
+    left_out: int
     drawn: list[Drawn] = field(default_factory=list)
     size: int = 0  # bytes
 
-    def add(self, drawn: Drawn, after: Position) -> None:
-        self.drawn.append(drawn)
-        self.end = after
-        self.size += len(drawn.sample.data or b"")
+    def add(self, fed: _Fed) -> None:
+        self.drawn.append(fed.drawn)
+        self.end, self.left_out = fed.after, fed.left_out
+        self.size += len(fed.drawn.sample.data or b"")
+
+    def next(self) -> _Pool:
+        return _Pool(self.end, self.left_out, self.end, self.left_out)
 
 
 class Reader:
@@ -119,32 +148,35 @@ class Reader:
         self.reading = reading
         self.keep = keep
         self.skip = skip
-        self.left_out = 0
         # Two pools are held: one is handed out while the next is read.
         self.pool_clips = max(1, reading.buffer // (2 * reading.group)) * reading.group
 
     def groups(self, standing: Standing = Standing()) -> Iterator[tuple[list[Drawn], Standing]]:  # noqa: B008 - immutable
         """Each group, and where the reader stands behind it. Begins behind `standing`."""
-        done, self.left_out = standing.done, standing.left_out
-        feed = self._feed(standing.start)
-        pool = self._filled(_Pool(standing.start, self.left_out, standing.start), feed)
+        feed = _Feed(self._feed(standing.start, standing.left_out))
+        start, done, left_out = standing
+        pool = self._filled(_Pool(start, left_out, start, left_out), feed)
         while True:
-            ahead = _Pool(pool.end, self.left_out, pool.end)
+            ahead = pool.next()
             for number, group in enumerate(self._arranged(pool)):
                 if number >= done:
-                    yield group, Standing(pool.start, number + 1, pool.left_out)
+                    yield group, Standing(pool.start, number + 1, pool.left_out_before)
                 for _clip in group:  # read as much as was handed out: the next pool is there in time
-                    if not self._full(ahead):
-                        ahead.add(*next(feed))
+                    if not self._full(ahead, feed):
+                        ahead.add(feed.take())
             pool, done = self._filled(ahead, feed), 0
 
-    def _full(self, pool: _Pool) -> bool:
-        enough = len(pool.drawn) >= self.pool_clips or pool.size >= BUFFER_BYTES // 2
-        return enough and len(pool.drawn) % self.reading.group == 0
+    def _full(self, pool: _Pool, feed: _Feed) -> bool:
+        if not pool.drawn or len(pool.drawn) % self.reading.group:
+            return False
+        if len(pool.drawn) >= self.pool_clips or pool.size >= BUFFER_BYTES // 2:
+            return True
+        # An epoch ends in its own pool, so that epochs mix in one group at most.
+        return feed.peek().drawn.epoch > pool.drawn[0].epoch
 
-    def _filled(self, pool: _Pool, feed: Iterator[tuple[Drawn, Position]]) -> _Pool:
-        while not self._full(pool):
-            pool.add(*next(feed))
+    def _filled(self, pool: _Pool, feed: _Feed) -> _Pool:
+        while not self._full(pool, feed):
+            pool.add(feed.take())
         return pool
 
     def _arranged(self, pool: _Pool) -> list[list[Drawn]]:
@@ -158,8 +190,8 @@ class Reader:
         groups = order.reshape(-1, self.reading.group)
         return [[pool.drawn[i] for i in groups[g]] for g in random.permutation(len(groups))]
 
-    def _feed(self, start: Position) -> Iterator[tuple[Drawn, Position]]:
-        """The samples that are kept from `start` on, each with the position behind it."""
+    def _feed(self, start: Position, left_out: int) -> Iterator[_Fed]:
+        """The samples that are kept from `start` on."""
         epoch, first_part, first_number = start
         while True:
             kept = 0
@@ -171,16 +203,20 @@ class Reader:
                     numbers = range(first_number, numbers.stop, numbers.step)
                 first_part = first_number = 0
                 for sample in self._samples(unit, numbers):
+                    if sample is None:
+                        left_out += 1
+                        continue
                     kept += 1
-                    yield Drawn(sample, epoch), Position(epoch, number, sample.number + numbers.step)
+                    after = Position(epoch, number, sample.number + numbers.step)
+                    yield _Fed(Drawn(sample, epoch), after, left_out)
             if not kept and start == Position(epoch, 0, 0):
                 raise DataError(_nothing_kept(self.source.name, self.reading))
             epoch += 1
             start = Position(epoch)
             first_part = first_number = 0
 
-    def _samples(self, unit: int, numbers: range) -> Iterator[Sample]:
-        """The samples of one part that are kept."""
+    def _samples(self, unit: int, numbers: range) -> Iterator[Sample | None]:
+        """The samples of one part; None for each that is left out."""
         if not numbers:
             return
         try:
@@ -194,10 +230,7 @@ class Reader:
                         raise
                     self.skip(str(error))
                     found = None
-                if found is None:
-                    self.left_out += 1
-                else:
-                    yield found
+                yield found
         except ShardError as error:
             if self.skip is None:
                 raise

@@ -21,6 +21,7 @@ from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
 from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import is_complete, mark_complete, write_failure
+from resonance.train.streaming import StreamLoader, Taken
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -54,6 +55,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         max_length: int,
         label_smoothing: float,
         keep_checkpoints: int | None,
+        stream: StreamLoader | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -63,6 +65,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * world
         together = self.args.train_batch_size * world if world > 1 else 1
         self.sampler = LengthGroupedSampler(train_durations, group, self.args.seed, together)
+        self.stream = stream
         self.prompt_length = prompt_length
         self.num_beams = num_beams
         self.max_length = max_length
@@ -72,6 +75,18 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.evaluating = False  # stays set where evaluate() raised
         self.remove_callback(PrinterCallback)  # our progress line says it in words
         self.add_callback(_WhereItIs(self.sampler, self.meter))
+        if stream:
+            self.args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint says
+            self.add_callback(Taken(stream))
+
+    def get_train_dataloader(self) -> Any:
+        """A stream as it is: accelerate would read it on one rank and send the batches to the others."""
+        return self.stream or super().get_train_dataloader()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if self.stream:
+            self.stream.restore(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:
         return self.sampler
@@ -118,6 +133,8 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         try:
             with self.meter.pausing():
                 super()._save_checkpoint(model, trial)
+                if self.stream:
+                    self.stream.save(folder)
                 self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
                     mark_complete(folder)
