@@ -115,7 +115,7 @@ def _sample(
             fault=_("{name}: its text is not UTF-8 or not JSON ({reason}).").format(name=name, reason=error)
         )
     sample = make(
-        row if text is None else {"text": text, **row}, parts[audio] if audio else None, f"{name}{audio}", number
+        row if text is None else {"text": text, **row}, parts[audio] if audio else None, f"{name}{audio or ''}", number
     )
     if audio is None:
         return sample._replace(fault=_("{name}: no recording beside this text.").format(name=name))
