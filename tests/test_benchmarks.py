@@ -87,3 +87,12 @@ def test_host_memory_compares_lists_of_two_lengths_and_the_eager_recipe(padding_
     assert re.fullmatch(r"difference -?\d+ MiB", lines[-1])
     assert result["lists"]["6"]["peak_mib"] > 100 and result["lists"]["60"]["peak_mib"] > 100
     assert result["eager"]["clips_per_second"] > 0 and result["ours"]["clips_per_second"] > 0
+
+
+def test_streaming_compares_both_loaders_and_watches_memory_by_epochs(padding_model: Path, tmp_path: Path) -> None:
+    small = ("--clips", 8, "--seconds", 0.5, "--rounds", 1, "--batch", 2, "--workers", 0, "--rows", 12, "--epochs", 3)
+    lines, result = run("streaming.py", "--model", padding_model, *small, out=tmp_path / "r.json")
+    assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
+    assert len(result["rounds"]) == 1 and result["rounds"][0]["listed"] > 0 and result["rounds"][0]["streamed"] > 0
+    assert len(result["memory_mib"]) == 3 and min(result["memory_mib"]) > 100
+    assert result["last_epoch_read"] == 2
