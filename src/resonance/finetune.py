@@ -98,7 +98,9 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, console: Co
             align(config, rows, whisper, model, context, run.events, console)
     train(trainer, run, shape, console)
     if trainer.stream and trainer.stream.left_out:
-        text = _("{count} recordings were read and not trained on: held out, too long, too short or broken.")
+        text = _(
+            "Not trained on, counted in each pass: {count} recordings that are held out, too long, too short or broken."
+        )
         console.print(text.format(count=trainer.stream.left_out), soft_wrap=True)
     learn(config, rows, shape, trainer, run)
 

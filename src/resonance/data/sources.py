@@ -21,6 +21,7 @@ Warn = Callable[[str], None]
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LONG_LIST_BYTES = 256 << 20  # about a million rows
 LISTED = 5  # missing shards named in one message
 
 
@@ -66,6 +67,8 @@ def looks_streamed(place: str | Path) -> str | None:
         return _("tar shards")
     if text.endswith(".parquet") or (path.is_dir() and any(path.rglob("*.parquet"))):
         return _("parquet files")
+    if path.is_file() and path.stat().st_size > LONG_LIST_BYTES:
+        return _("a list too long to be held in memory")
     return None
 
 

@@ -9,6 +9,7 @@ from resonance.config import GOOD_EFFECTIVE_BATCH, TrainConfig
 from resonance.messages import _
 from resonance.plan.choose import Plan
 from resonance.plan.devices import Device
+from resonance.plan.recordings import stream_reason
 from resonance.units import GIBIBYTE, POSITIONS_PER_SECOND
 
 
@@ -70,6 +71,8 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         ),
         choice("dataloader_num_workers", workers(config, device), _("prepare audio while the model computes")),
     ]
+    if reason := stream_reason(config):
+        chosen.append(choice("streaming", True, reason))
     if plan.eval_steps:
         chosen += [
             choice(
