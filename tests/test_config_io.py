@@ -332,6 +332,8 @@ OTHER_VALUES: dict[str, Any] = {
     "quantization": "4bit",
     "finetuning": "lora",  # its other values exclude quantization
     "json_file": None,  # excludes train_file
+    "streaming": False,  # excludes num_train_epochs and more
+    "skip_broken": False,  # needs streaming
     "num_train_epochs": 1 / 3,
     "learning_rate": 1e-05,
     "extra": {"adam_epsilon": 1e-08, "tf32": None, "lr_scheduler_kwargs": {"a": [1, 0.5, True, None, "1"]}},
@@ -359,9 +361,10 @@ def test_every_setting_comes_back_from_a_dumped_config(tmp_path: Path) -> None:
     default = train()
     config = TrainConfig.model_validate({name: another_value(name, default) for name in TrainConfig.model_fields})
     same = [name for name in TrainConfig.model_fields if getattr(config, name) == getattr(default, name)]
-    assert same == ["json_file", "finetuning"]
+    assert same == ["json_file", "streaming", "skip_broken", "finetuning"]
     for one in (
         config,
+        train(streaming=True, skip_broken=True, max_steps=7, train_file="s3://bucket/shards"),
         default,
         train("--num_train_epochs", "2"),
         train("--finetuning", "full", "--validation_split", "0"),

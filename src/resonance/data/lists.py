@@ -84,7 +84,7 @@ class LineList:
         else:
             rows = read_table_rows(text, *self.table, self.resolve, problems, block.line)
         if problems:
-            fault = _("{path}: {problems}").format(path=self.name, problems="; ".join(problems))
+            fault = f"{self.name}: {'; '.join(problems)}"
             yield Sample(Utterance(self.name, "", block.line), None, fault, unit, numbers.start)
         for number in numbers[: _within(numbers, len(rows))]:
             yield Sample(rows[number], unit=unit, number=number)

@@ -104,7 +104,7 @@ def read_stream(
 
 
 def steps_missing(config: TrainConfig, rows: int | None) -> str:
-    text = _("streaming needs max_steps: a stream is read for as many updates as you say. ")
+    text = _("streaming needs max_steps: a stream is read for as many updates as you say.") + " "
     if rows is None:
         return text + _("Give --max_steps, for example {steps}.").format(steps=1024)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
