@@ -364,7 +364,7 @@ def test_every_setting_comes_back_from_a_dumped_config(tmp_path: Path) -> None:
     assert same == ["json_file", "streaming", "skip_broken", "finetuning"]
     for one in (
         config,
-        train(streaming=True, skip_broken=True, max_steps=7, train_file="s3://bucket/shards"),
+        train("--streaming", "--skip_broken", "--max_steps", "7", "--train_file", "s3://bucket/shards"),
         default,
         train("--num_train_epochs", "2"),
         train("--finetuning", "full", "--validation_split", "0"),

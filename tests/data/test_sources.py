@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -259,3 +260,19 @@ def test_a_list_of_addresses_needs_streaming(tmp_path: Path) -> None:
         load_manifest(path)
     (only,) = samples(open_source(path))
     assert only.utterance.audio == "s3://bucket/a.wav"
+
+
+def test_shards_given_without_streaming_say_what_is_missing(tmp_path: Path) -> None:
+    streamed.write_tar(tmp_path / "a.tar", streamed.clips(0, 1))
+    with pytest.raises(ManifestError, match="add --streaming"):
+        load_manifest(tmp_path)
+
+
+def test_sources_can_be_sent_to_workers_that_are_started_afresh(by_lines: None, parquet: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(LISTS["rows.jsonl"], encoding="utf-8")
+    (tmp_path / "rows.json").write_text(json.dumps([{"audio": "a.wav", "text": "x"}]))
+    streamed.write_tar(tmp_path / "a.tar", streamed.clips(0, 3))
+    for name in ("rows.jsonl", "rows.json", "a.tar", "dataset"):
+        source = open_source(tmp_path / name)
+        again = pickle.loads(pickle.dumps(source))
+        assert told(again) == told(source) and again.fingerprint() == source.fingerprint()

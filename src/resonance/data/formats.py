@@ -89,6 +89,12 @@ def _manifest_in_folder(folder: Path) -> Path:
                 folder=folder, names=", ".join(names)
             )
         )
+    if not names and any(entry.suffix in (".tar", ".parquet") for entry in folder.iterdir()):
+        raise ManifestError(
+            _("{folder}: tar or parquet files and no list of recordings. To train on them, add --streaming.").format(
+                folder=folder
+            )
+        )
     if not names:
         raise ManifestError(
             _(

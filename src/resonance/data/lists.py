@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pickle
@@ -58,9 +59,9 @@ class _Block(NamedTuple):
 class LineList:
     """JSON lines or a table, of which a process holds a hundred rows at a time."""
 
-    def __init__(self, place: str, resolve: Resolver, head: str, stream_lines: Iterator[bytes]) -> None:
+    def __init__(self, place: str, dataset_dir: Path | None, head: str, stream_lines: Iterator[bytes]) -> None:
         self.name = place
-        self.resolve = resolve
+        self.dataset_dir = dataset_dir
         self.table: tuple[str, list[str]] | None = None if head.lstrip().startswith("{") else columns_of(place, head)
         self.seconds = None
         digest = hashlib.sha256()
@@ -79,10 +80,11 @@ class LineList:
         refuse_wrong_encoding(self.name, data)
         text = data.decode("utf-8-sig" if not block.offset else "utf-8")
         problems: list[str] = []
+        resolve = _resolver(self.name, self.dataset_dir)
         if self.table is None:
-            rows = read_json_lines(text, self.resolve, problems, block.line)
+            rows = read_json_lines(text, resolve, problems, block.line)
         else:
-            rows = read_table_rows(text, *self.table, self.resolve, problems, block.line)
+            rows = read_table_rows(text, *self.table, resolve, problems, block.line)
         if problems:
             fault = f"{self.name}: {'; '.join(problems)}"
             yield Sample(Utterance(self.name, "", block.line), None, fault, unit, numbers.start)
@@ -110,9 +112,10 @@ def open_lines(place: str, dataset_dir: Path | None) -> LineList | None:
             return None
         stream.seek(0)
         with reaching(place):
-            return LineList(place, _resolver(place, dataset_dir), head, iter(stream))
+            return LineList(place, dataset_dir, head, iter(stream))
 
 
+@functools.cache  # made in each process: workers may be started afresh
 def _resolver(place: str, dataset_dir: Path | None) -> Resolver:
     folder = parent(place)
     if is_address(place):

@@ -65,11 +65,15 @@ def looks_streamed(place: str | Path) -> str | None:
     path = Path(text)
     if text.endswith(".tar") or path.name == INDEX_FILE or (path.is_dir() and any(path.glob("*.tar"))):
         return _("tar shards")
-    if text.endswith(".parquet") or (path.is_dir() and any(path.rglob("*.parquet"))):
+    if text.endswith(".parquet") or (path.is_dir() and _has_parquet(path)):
         return _("parquet files")
     if path.is_file() and path.stat().st_size > LONG_LIST_BYTES:
         return _("a list too long to be held in memory")
     return None
+
+
+def _has_parquet(folder: Path) -> bool:
+    return any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
 
 
 def _folder(place: str, dataset_dir: Path | None, skip_broken: bool, warn: Warn) -> Source:
