@@ -5,7 +5,7 @@
 1. The same clips from tar shards (streamed) and from single files (listed), each through its own loader with the same workers,
    batches and features, with nothing else to wait for: training hides the loader, so this is the harshest comparison. In
    turns, several rounds, each of two passes; the second one is measured: in the first a stream fills its buffer.
-2. Ten epochs over shards with 100,000 short clips: the proportional set size of the process and its workers behind each epoch.
+2. Ten epochs over shards with 100,000 short clips: the resident set size of the process and its workers, added up, behind each epoch.
 
 The last line is `ratio X.XX`, streamed to listed, the median of the rounds. Nothing else should run.
 """
@@ -184,8 +184,8 @@ def write_short_clips(folder: Path, rows: int) -> Path:
 def memory_mib() -> float:
     process = psutil.Process()
     every = [process, *process.children(recursive=True)]
-    # Proportional: a page that workers share with their parent counts once.
-    return round(sum(one.memory_full_info().pss for one in every) / (1 << 20), 1)
+    # Resident, shared pages counted in each: what is proportional changes with other programs that load the same libraries.
+    return round(sum(one.memory_info().rss for one in every) / (1 << 20), 1)
 
 
 if __name__ == "__main__":
