@@ -240,6 +240,16 @@ def test_s3_gives_shards_and_says_what_is_wrong(s3: str, monkeypatch: pytest.Mon
     boto3.client("s3").put_object(Bucket="voices", Key="train/a.tar", Body=data)
     source = open_source(f"{s3}/train")
     assert [s.utterance.text for s in samples(source)] == [f"clip {i}" for i in range(5)]
+    for i in range(3):
+        boto3.client("s3").put_object(Bucket="voices", Key=f"list/{i}.wav", Body=streamed.wav(0.2 + i / 10))
+    rows = "".join(f'{{"audio": "{i}.wav", "text": "row {i}"}}\n' for i in range(3))
+    boto3.client("s3").put_object(Bucket="voices", Key="list/rows.jsonl", Body=rows.encode())
+    found = [s.timed() for s in samples(open_source(f"{s3}/list/rows.jsonl"))]
+    assert [s.utterance.duration for s in found] == pytest.approx([0.2, 0.3, 0.4])
+    assert [s.utterance.text for s in samples(open_source(f"{s3}/list/rows.jsonl")) if s.number > 0] == [
+        "row 1",
+        "row 2",
+    ]
     with pytest.raises(ShardError, match=r"s3://absent/train: not there\. Check the spelling, .* bucket"):
         open_source("s3://absent/train")
     with pytest.raises(ShardError, match="s3://voices/trian"):

@@ -73,7 +73,7 @@ def read_place(place: str, start: int = 0, end: int | None = None) -> bytes:
                 stream.seek(start)
                 return stream.read(-1 if end is None else end - start)
         system, path = _system(place)
-        return cast(bytes, system.cat_file(path, start, end))
+        return cast(bytes, system.cat_file(path, start=start or None, end=end))
 
 
 def files_in(folder: str) -> list[Entry]:
