@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--clips", type=int, default=2400, help="of the comparison")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a clip")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=100_000, help="clips of the long stream")
@@ -59,6 +59,7 @@ def main() -> None:
     }
     machine.report(values, given.out)
     print(f"listed {values['listed_clips_per_second']:.0f} clips/s, streamed {values['streamed_clips_per_second']:.0f}")
+    print(f"processor time a clip, listed to streamed: {values['cpu_ratio']:.2f}")
     print(f"memory grew by {values['growth_mib']:.1f} MiB between the second epoch and the last")
     print(f"ratio {values['ratio']:.2f}")
 
@@ -76,10 +77,16 @@ def compare(given: argparse.Namespace, folder: Path, model: str) -> dict[str, An
     source = open_source(folder / "shards")
     rounds = []
     for _round in range(given.rounds):
-        listed = clips_per_second(listed_batches(rows, model, given), given)
-        streamed = clips_per_second(streamed_batches(source, model, given), given)
+        listed, listed_ms = second_pass(listed_batches(rows, model, given), given)
+        streamed, streamed_ms = second_pass(streamed_batches(source, model, given), given)
         rounds.append(
-            {"listed": round(listed, 1), "streamed": round(streamed, 1), "ratio": round(streamed / listed, 4)}
+            {
+                "listed": round(listed, 1),
+                "streamed": round(streamed, 1),
+                "ratio": round(streamed / listed, 4),
+                "listed_cpu_ms_a_clip": round(listed_ms, 4),
+                "streamed_cpu_ms_a_clip": round(streamed_ms, 4),
+            }
         )
         print(f"listed {listed:.0f} clips/s, streamed {streamed:.0f}", flush=True)
     return {
@@ -87,6 +94,12 @@ def compare(given: argparse.Namespace, folder: Path, model: str) -> dict[str, An
         "listed_clips_per_second": statistics.median(one["listed"] for one in rounds),
         "streamed_clips_per_second": statistics.median(one["streamed"] for one in rounds),
         "ratio": round(statistics.median(one["ratio"] for one in rounds), 4),
+        # Processor time does not tell of waiting, but other programs change it less.
+        "cpu_ratio": round(
+            statistics.median(one["listed_cpu_ms_a_clip"] for one in rounds)
+            / max(statistics.median(one["streamed_cpu_ms_a_clip"] for one in rounds), 1e-9),
+            4,
+        ),
     }
 
 
@@ -124,16 +137,24 @@ def streamed_batches(source: Any, model: str, given: argparse.Namespace) -> Iter
     return step_loader(stream, pin_memory=False)
 
 
-def clips_per_second(batches: Iterable[Any], given: argparse.Namespace) -> float:
-    """In the second pass of two."""
-    began = 0.0
+def second_pass(batches: Iterable[Any], given: argparse.Namespace) -> tuple[float, float]:
+    """Of the second pass of two: clips a second, and milliseconds of processor time a clip, workers included."""
     a_pass = given.clips // given.batch
+    began = used = 0.0
     for number, _batch in enumerate(batches, 1):
         if number == a_pass:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), cpu_seconds()
         if number == 2 * a_pass:
-            return a_pass * given.batch / (time.perf_counter() - began)
+            clips = a_pass * given.batch
+            return clips / (time.perf_counter() - began), 1000 * (cpu_seconds() - used) / clips
     raise AssertionError("fewer batches than clips")
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
 
 
 def watch(given: argparse.Namespace, folder: Path, model: str) -> dict[str, Any]:
@@ -143,8 +164,11 @@ def watch(given: argparse.Namespace, folder: Path, model: str) -> dict[str, Any]
     source = open_source(write_short_clips(folder / "many", given.rows))
     epochs: list[float] = []
     heard, slowest = 0, 0
-    for step in streamed_batches(source, model, given):
-        heard += given.batch
+    many = argparse.Namespace(
+        **{**vars(given), "batch": min(8 * given.batch, given.rows)}
+    )  # short clips, so more of them
+    for step in streamed_batches(source, model, many):
+        heard += many.batch
         if heard >= (len(epochs) + 1) * given.rows:
             epochs.append(memory_mib())
             print(f"epoch {len(epochs)}: {epochs[-1]:.1f} MiB", flush=True)

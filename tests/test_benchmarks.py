@@ -90,7 +90,7 @@ def test_host_memory_compares_lists_of_two_lengths_and_the_eager_recipe(padding_
 
 
 def test_streaming_compares_both_loaders_and_watches_memory_by_epochs(padding_model: Path, tmp_path: Path) -> None:
-    small = ("--clips", 8, "--seconds", 0.5, "--rounds", 1, "--batch", 2, "--workers", 0, "--rows", 12, "--epochs", 3)
+    small = ("--clips", 8, "--seconds", 0.5, "--rounds", 1, "--batch", 2, "--workers", 0, "--rows", 32, "--epochs", 3)
     lines, result = run("streaming.py", "--model", padding_model, *small, out=tmp_path / "r.json")
     assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
     assert len(result["rounds"]) == 1 and result["rounds"][0]["listed"] > 0 and result["rounds"][0]["streamed"] > 0
