@@ -312,3 +312,18 @@ def test_two_ranks_read_their_own_shares_and_save_where_each_stands(
     assert [state["steps"] for state in states] == [4, 4]
     # 5 and 6 of 11 recordings: after 8 the first is in its second epoch, and so is the other.
     assert all(state["standings"]["0"][0][0] in (0, 1) for state in states)
+
+
+def test_a_plan_streams_what_cannot_be_listed_and_trains_with_it(
+    shards: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "plan.yaml"
+    asked = ["plan", "--model_name_or_path", str(tiny_model), "--max_steps=2", "--eval_steps=2", "--json"]
+    assert command([*asked, "--train_file", str(shards), "--write", str(written)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["settings"]["streaming"] is True and plan["recordings"]["train"] >= 18
+    assert command([*asked, "--train_file", str(shards.parent / "recordings")]) == 0
+    assert "streaming" not in json.loads(capsys.readouterr().out)["settings"]
+    train = ["train", "--config", str(written), "--output_dir", str(tmp_path / "run"), "--dataloader_num_workers=0"]
+    assert command(train) == 0
+    assert json.loads((tmp_path / "run" / "data" / "stream.json").read_text())["rows"] == 22
