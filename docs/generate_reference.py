@@ -41,6 +41,8 @@ TAIL = """
 | `model/` | the result of `full` and `frozen_encoder`: a whole Whisper model |
 | `config.yaml` | every setting of the run, also those left out |
 | `data/train.json`, `data/held_out.json` | the recordings that were trained on and those kept out |
+| `data/stream.json` | in place of `data/train.json` where the data was streamed: what it was, and a mark by which it is known again |
+| `data/clips/` | recordings out of a stream: those held out, and a sample that the audio context was fitted with |
 | `events.jsonl` | one JSON object for each row of the log: step, loss, learning rate, error rates, memory … |
 | `runs/` | the same for TensorBoard: `tensorboard --logdir RUN/runs` |
 | `checkpoints/` | where `--resume` goes on |

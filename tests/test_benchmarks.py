@@ -93,3 +93,12 @@ def test_feature_cache_ends_in_a_ratio_of_the_same_clips(recordings: Callable[..
     lines, result = run("feature_cache.py", "--data", recordings(6), "--passes", 2, out=tmp_path / "r.json")
     assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
     assert result["clips"] == 6 and result["kib_a_clip"] > 0
+
+
+def test_streaming_compares_both_loaders_and_watches_memory_by_epochs(padding_model: Path, tmp_path: Path) -> None:
+    small = ("--clips", 8, "--seconds", 0.5, "--rounds", 1, "--batch", 2, "--workers", 0, "--rows", 32, "--epochs", 3)
+    lines, result = run("streaming.py", "--model", padding_model, *small, out=tmp_path / "r.json")
+    assert re.fullmatch(r"ratio \d+\.\d\d", lines[-1])
+    assert len(result["rounds"]) == 1 and result["rounds"][0]["listed"] > 0 and result["rounds"][0]["streamed"] > 0
+    assert len(result["memory_mib"]) == 3 and min(result["memory_mib"]) > 100
+    assert result["last_epoch_read"] >= 1

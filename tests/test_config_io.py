@@ -339,6 +339,8 @@ OTHER_VALUES: dict[str, Any] = {
     "node_rank": 2,
     "rdzv": "10.0.0.1:29400",
     "json_file": None,  # excludes train_file
+    "streaming": False,  # excludes num_train_epochs and more
+    "skip_broken": False,  # needs streaming
     "num_train_epochs": 1 / 3,
     "learning_rate": 1e-05,
     "extra": {"adam_epsilon": 1e-08, "tf32": None, "lr_scheduler_kwargs": {"a": [1, 0.5, True, None, "1"]}},
@@ -366,9 +368,10 @@ def test_every_setting_comes_back_from_a_dumped_config(tmp_path: Path) -> None:
     default = train()
     config = TrainConfig.model_validate({name: another_value(name, default) for name in TrainConfig.model_fields})
     same = [name for name in TrainConfig.model_fields if getattr(config, name) == getattr(default, name)]
-    assert same == ["json_file", "feature_cache_dir", "feature_cache", "finetuning", "fsdp"]
+    assert same == ["json_file", "feature_cache_dir", "feature_cache", "streaming", "skip_broken", "finetuning", "fsdp"]
     for one in (
         config,
+        train("--streaming", "--skip_broken", "--max_steps", "7", "--train_file", "s3://bucket/shards"),
         default,
         train("--num_train_epochs", "2"),
         train("--finetuning", "full", "--validation_split", "0"),

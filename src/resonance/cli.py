@@ -131,6 +131,7 @@ def overview() -> str:
         ("data check", _("find recordings and transcripts that would spoil a training")),
         ("data convert", _("any audio or video to 16 kHz mono WAV")),
         ("data split", _("divide recordings into training and validation")),
+        ("data shard", _("recordings into tar files that a large training streams")),
         ("sagemaker", _("train on rented machines of Amazon: submit, status, logs, download")),
         ("doctor", _("what is installed, what this machine can do, what to install for more")),
     ]

@@ -119,4 +119,54 @@ def split(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check, "convert": convert, "split": split}
+def shard(argv: list[str]) -> int:
+    parser = Parser("resonance data shard", _("Write recordings and texts to tar files, to be streamed."))
+    parser.add_argument(
+        "--train_file", required=True, help=_("list of recordings, data folder, parquet files or address")
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help=_("folder for the tar files and their index"))
+    parser.add_argument("--dataset_dir", type=Path, help=_("folder for paths that are not found beside the manifest"))
+    parser.add_argument("--shard_size", default="500MB", help=_("size of a tar file"))
+    parser.add_argument("--clips_per_shard", type=int, help=_("recordings in a tar file, at most"))
+    parser.add_argument("--seed", type=int, default=42, help=_("start of the random order"))
+    parser.add_argument(
+        "--skip_broken", action="store_true", help=_("leave out what cannot be read instead of stopping")
+    )
+    args = parser.parse_args(argv)
+    from rich.console import Console
+
+    from resonance.config_types import memory_bytes
+    from resonance.data.samples import rows_in
+    from resonance.data.shards import ShardSettings, write_shards
+    from resonance.data.sources import open_source
+    from resonance.progress_bar import progress_bar
+
+    try:
+        size = memory_bytes(args.shard_size)
+    except ValueError as error:
+        raise ConfigError(
+            [_("--shard_size is {value}. {reason}").format(value=args.shard_size, reason=error)]
+        ) from error
+    if args.clips_per_shard is not None and args.clips_per_shard < 1:
+        raise ConfigError([_("--clips_per_shard must be at least 1.")])
+    source = open_source(args.train_file, dataset_dir=args.dataset_dir, skip_broken=args.skip_broken, warn=print)
+    settings = ShardSettings(size, args.clips_per_shard, args.seed, args.skip_broken)
+    with progress_bar(Console(stderr=True), _("writing"), rows_in(source.units) or 0) as advance:
+        summary = write_shards(source, args.output_dir, settings, advance)
+    for reason in summary.left_out:
+        print(_("Left out: {reason}").format(reason=reason))
+    text = _("{shards} shards with {samples} recordings ({hours:.2f} h), {reused} of them from an earlier run: {path}")
+    index = summary.index
+    print(
+        text.format(
+            shards=len(index.shards),
+            samples=index.samples,
+            hours=index.seconds / 3600,
+            reused=summary.reused,
+            path=args.output_dir,
+        )
+    )
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check, "convert": convert, "split": split, "shard": shard}

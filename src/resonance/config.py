@@ -18,6 +18,7 @@ from resonance.config_types import (
     AnyPath,
     AudioContext,
     Count,
+    DataPlace,
     HuggingFaceChoice,
     Language,
     Model,
@@ -88,10 +89,11 @@ class TrainConfig(BaseModel):
     task: Task = "transcribe"
     """Text in the language that is spoken (transcribe) or in English (translate)."""
 
-    train_file: AnyPath | None = None
+    train_file: DataPlace | None = None
     """Recordings and transcripts to train on: a JSON, JSONL, CSV or TSV file or a data folder. Needed, unless
-    dataset_dir and json_file are given."""
-    validation_file: AnyPath | None = None
+    dataset_dir and json_file are given. With streaming also tar shards, parquet files, a dataset of the Hugging Face hub,
+    and addresses such as s3://bucket/folder."""
+    validation_file: DataPlace | None = None
     """Recordings and transcripts kept out of training to measure it. Left out, validation_split takes a part of the
     training data."""
     dataset_dir: AnyPath | None = None
@@ -120,6 +122,15 @@ class TrainConfig(BaseModel):
     )
     """Decode every recording in every pass (none), or only in the first and keep what the model sees of it on disk, in 16
     bits (disk). Left out, disk where feature_cache_dir is given, else none."""
+
+    streaming: bool = False
+    """Read the training data while training instead of listing it first: for data of any size, tar shards (resonance data
+    shard), parquet files and addresses. Needs max_steps."""
+    shuffle_buffer: Count = 2000
+    """Recordings that are held to be shuffled and put together by length, where streaming reads them one after the
+    other."""
+    skip_broken: bool = False
+    """Leave out what is missing or damaged in streamed data, and say so, instead of stopping."""
 
     finetuning: Literal["lora", "full", "frozen_encoder"] = "lora"
     """What is trained: a small addition to the model (lora, a few MB), the whole model (full) or its decoder
@@ -254,9 +265,10 @@ class TrainConfig(BaseModel):
     @field_validator("max_steps", mode="before")
     @classmethod
     def _steps(cls, value: Any, info: ValidationInfo) -> Any:
-        """Hugging Face writes -1 for "as many as num_train_epochs says"."""
+        """Hugging Face writes -1 for "as many as num_train_epochs says". A stream has no end to count from."""
         given = None if str(value) == "-1" else value
-        return DEFAULT_STEPS if given is None and info.data.get("num_train_epochs") is None else given
+        open_ended = info.data.get("num_train_epochs") is None and not info.data.get("streaming")
+        return DEFAULT_STEPS if given is None and open_ended else given
 
     @field_validator("extra")
     @classmethod
@@ -291,6 +303,11 @@ class TrainConfig(BaseModel):
         return self.nproc > 1 or self.nnodes > 1 or self.deepspeed is not None or self.fsdp
 
     @property
+    def streaming_is_settled(self) -> bool:
+        """False where a plan is still to choose whether the data is streamed."""
+        return not self.auto or "streaming" in self.model_fields_set
+
+    @property
     def whole_window(self) -> bool:
         """Whether the model looks at 30 s of every recording, however short."""
         return self.audio_context in ("full", WINDOW_SECONDS)
@@ -316,6 +333,13 @@ class CurveConfig(TrainConfig):
     """Numbers of recordings to train on, separated by commas. In place of more than there are, all are taken."""
     validation_split: float = Field(0.25, ge=0, lt=1)
     """Share of the recordings that every training is measured on, where no validation_file is given."""
+
+    @field_validator("streaming")
+    @classmethod
+    def _listed(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(_("A curve trains on parts of a list, which cannot be streamed."))
+        return value
 
 
 def _saves_as(strategy: str, data: Mapping[str, Any]) -> bool:

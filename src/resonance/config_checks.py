@@ -17,7 +17,7 @@ Problem = tuple[tuple[str, ...], str]  # names of the settings that disagree, an
 
 
 def source_problems(
-    file_name: str, file: Path | None, dataset_dir: Path | None, json_file: str | None
+    file_name: str, file: Path | str | None, dataset_dir: Path | None, json_file: str | None
 ) -> Iterator[Problem]:
     """Recordings are listed by one of: a file, the name of a file inside `dataset_dir`."""
     if file and json_file:
@@ -44,6 +44,7 @@ def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Pro
     if needs_source:
         yield from source_problems("train_file", c.train_file, c.dataset_dir, c.json_file)
     yield from _english_only_problems(c)
+    yield from _streaming_problems(c)
     if c.quantization != "none" and c.finetuning != "lora":
         yield (
             ("quantization", "finetuning"),
@@ -75,6 +76,50 @@ def train_problems(c: TrainConfig, *, needs_source: bool = True) -> Iterator[Pro
         yield (
             ("wandb_project", "use_wandb"),
             _("wandb_project is given, but use_wandb is not: nothing would be sent. Give use_wandb too."),
+        )
+
+
+def _streaming_problems(c: TrainConfig) -> Iterator[Problem]:
+    if not c.streaming:
+        for name in ("train_file", "validation_file"):
+            place = getattr(c, name)
+            if isinstance(place, str) and c.streaming_is_settled:
+                yield (
+                    (name, "streaming"),
+                    _("{name} {place} lies on another machine. Add --streaming, or download it.").format(
+                        name=name, place=place
+                    ),
+                )
+        if c.skip_broken and c.streaming_is_settled:
+            yield (
+                ("skip_broken", "streaming"),
+                _("skip_broken is for streamed data, but streaming is not given. Give streaming too, or leave it out."),
+            )
+        return
+    if c.num_train_epochs is not None:
+        yield (
+            ("num_train_epochs", "streaming"),
+            _(
+                "streaming trains for max_steps updates; num_train_epochs needs all data listed. Give max_steps instead."
+            ),
+        )
+    if c.max_train_samples is not None:
+        yield (
+            ("max_train_samples", "streaming"),
+            _("max_train_samples takes the first rows of a list, which streaming does not make. Leave it out."),
+        )
+    if c.eval_strategy == "epoch":
+        yield (
+            ("eval_strategy", "streaming"),
+            _("eval_strategy epoch measures after each pass, which a stream does not count. Give eval_strategy steps."),
+        )
+    if c.split_by == "within_sentence" and c.validation_split and not c.validation_file:
+        yield (
+            ("split_by", "streaming"),
+            _(
+                "split_by within_sentence has to know all recordings of a sentence, which streaming does not. Give "
+                "split_by sentence or a validation_file."
+            ),
         )
 
 
@@ -139,6 +184,13 @@ def _cache_problems(c: TrainConfig) -> Iterator[Problem]:
                 ),
             )
         return
+    if c.streaming:
+        yield (
+            ("feature_cache", "streaming"),
+            _(
+                "feature_cache disk is for recordings that are listed, but streaming reads them once. Leave one of them out."
+            ),
+        )
     for name in ("speed_perturbation", "gain_db"):
         if getattr(c, name):
             yield (

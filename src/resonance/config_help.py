@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from resonance.config_types import Switch
+from resonance.config_types import ADDRESS, Switch
 from resonance.messages import _
 
 INDENT = 6  # columns before the text under a flag
@@ -85,6 +85,8 @@ def _in_words(kind: Any, bounds: tuple[Any, ...]) -> str:
     if get_origin(kind) is list and (inner := next(_alternatives(get_args(kind)[0], ())))[0] is int:
         words = _("whole numbers separated by commas")
         return f"{words} ({limits})" if (limits := _limits(inner[1])) else words
+    if ADDRESS in bounds:
+        return _("an address such as s3://bucket/folder")
     names = {
         bool: _("true or false"),
         int: _("a whole number"),
@@ -107,11 +109,13 @@ def _limits(bounds: tuple[Any, ...]) -> str:
 def _metavar(field: FieldInfo) -> str:
     names = {int: _("NUMBER"), float: _("NUMBER"), str: _("TEXT"), Path: _("PATH"), list: _("A,B,...")}
     parts: list[str] = []
-    for kind, _bounds in alternatives(field):
+    for kind, bounds in alternatives(field):
         if get_origin(kind) is Literal:
             parts += get_args(kind)
         elif kind is bool:
             parts.append("[true|false]")
+        elif ADDRESS in bounds:
+            parts.append(_("ADDRESS"))
         else:
             parts.append(names[get_origin(kind) or kind])
     return "|".join(parts)

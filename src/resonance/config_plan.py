@@ -44,6 +44,10 @@ class PlanConfig(TrainConfig):
     def steps_are_settled(self) -> bool:
         return "max_steps" in self.model_fields_set
 
+    @property
+    def streaming_is_settled(self) -> bool:
+        return "streaming" in self.model_fields_set
+
     @model_validator(mode="after")
     def _agree(self) -> PlanConfig:
         problems: list[Problem] = list(train_problems(self, needs_source=self.hours is None))

@@ -39,6 +39,12 @@ def _home_text(text: str) -> str:
     return str(_home(Path(text))) if text.startswith("~") else text
 
 
+def _address(text: str) -> str:
+    if "://" not in text:
+        raise ValueError(_("It must be an address such as s3://bucket/folder."))
+    return text
+
+
 def _modules(names: list[str]) -> list[str]:
     if names == [ALL_LINEAR]:
         return names
@@ -83,6 +89,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Language = Annotated[str, AfterValidator(language_code)]
 Task = Literal["transcribe", "translate"]
 AnyPath = Annotated[Path, AfterValidator(_home)]
+ADDRESS = "address"  # marks text that is one, for the help
+DataPlace = AnyPath | Annotated[str, Field(min_length=1), AfterValidator(_address), ADDRESS]
 Model = Annotated[str, Field(min_length=1), AfterValidator(_home_text)]
 WindowSeconds = Annotated[float, Field(gt=0, le=WINDOW_SECONDS)]
 AudioContext = Literal["auto", "full"] | WindowSeconds

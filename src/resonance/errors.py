@@ -38,6 +38,10 @@ class AudioError(DataError):
     """One audio file that cannot be decoded. The message names the file."""
 
 
+class ShardError(DataError):
+    """A part of streamed data that is missing, damaged or out of reach. The message names it."""
+
+
 class ModelError(ResonanceError):
     """Weights, a tokenizer or a configuration that cannot be loaded."""
 

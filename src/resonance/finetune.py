@@ -12,6 +12,7 @@ from transformers import set_seed
 from resonance.config import TrainConfig, alignment_steps, batch_warning, effective_batch
 from resonance.config_io import dump_yaml
 from resonance.data.audio_context import AudioContext
+from resonance.data.stream import strided
 from resonance.data.tokens import LabelTokenizer
 from resonance.data.writing import write_manifest
 from resonance.errors import Interrupted, RunFolderError
@@ -26,7 +27,8 @@ from resonance.progress_bar import progress_bar
 from resonance.ranks import Ranks
 from resonance.train import alignment, build, ladder, progress, resume, together
 from resonance.train.result import describe, save_result
-from resonance.train.rows import Rows, check_labels, guess_language, read_rows, single_language
+from resonance.train.rows import Rows, check_labels, guess_language, read_rows, rows_in_words, single_language
+from resonance.train.stream_rows import write_stream
 from resonance.train.trainer import WhisperTrainer
 
 
@@ -57,7 +59,7 @@ def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, c
         if run.result and resume.nothing_left(config, run):
             console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
             return run.result
-        rows = read_rows(config, console)
+        rows = read_rows(config, console, run.clips)
         resume.check_rows(rows, run)
     with together.agreeing(mine):
         together.check_same(mine, config, rows, run)
@@ -100,6 +102,10 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
     context = AudioContext(config.audio_context, config.audio_margin, whisper.window_positions)
     with together.agreeing(mine):
         trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only, mine)
+        if trainer.stream:
+            trainer.stream.restore(
+                run.latest_checkpoint()
+            )  # refused, where it cannot go on, before anything is written
     announce(config, rows, only, model, trainer, console)
     if mine.writes:
         record(config, rows, run)
@@ -108,6 +114,11 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
         with ladder.watching(shape):
             align(config, rows, whisper, model, context, run.events, mine, console)
     train(trainer, run, shape, console)
+    if trainer.stream and trainer.stream.left_out:
+        text = _(
+            "Not trained on, counted in each pass: {count} recordings that are held out, too long, too short or broken."
+        )
+        console.print(text.format(count=trainer.stream.left_out), soft_wrap=True)
     learn(config, rows, shape, trainer, run)
 
     info = describe(config, rows, whisper, trainer, only)
@@ -120,7 +131,10 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
 def record(config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:
     """What the run is made of, for resuming it and for measuring its result."""
     dump_yaml(config, run.config)
-    write_manifest(run.train_rows, rows.train)
+    if rows.stream:
+        write_stream(rows.stream, run)
+    else:
+        write_manifest(run.train_rows, rows.train)
     if rows.held_out:
         write_manifest(run.held_out_rows, rows.held_out)
 
@@ -132,9 +146,7 @@ def announce(
     trainable, total = lora.trainable_share(model)
     devices = trainer.args.world_size
     lines = [
-        _("Recordings: {train} to train on ({hours:.2f} h), {held_out} held out · language {language}").format(
-            train=len(rows.train), hours=rows.hours, held_out=len(rows.held_out), language=language or _("several")
-        ),
+        rows_in_words(rows, language or _("several")),
         _("Model: {name} on {device}; {trainable:,} of {total:,} parameters are trained ({share:.2%})").format(
             name=config.model_name_or_path,
             device=trainer.args.device,
@@ -149,6 +161,12 @@ def announce(
             devices=devices,
         ),
     ]
+    if rows.stream and trainer.stream and strided(rows.stream.source.units, trainer.stream.readers):
+        lines.append(
+            _(
+                "There are fewer parts ({parts}) than processes that read ({readers}): each reads all and keeps its share."
+            ).format(parts=len(rows.stream.source.units), readers=trainer.stream.readers)
+        )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     warning = batch_warning(config, devices)
     if warning:

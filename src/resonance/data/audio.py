@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from resonance.data.decoders import Blocks, Samples, Source, open_source
+from resonance.data.decoders import Blocks, Name, Samples, Source, open_source
 from resonance.errors import AudioError, DataError
 from resonance.messages import _
 from resonance.units import SAMPLE_RATE
@@ -34,18 +34,23 @@ class AudioInfo:
 
 
 def read_audio(
-    path: str | Path, start: float = 0.0, end: float | None = None, *, max_seconds: float | None = None
+    path: str | Path,
+    start: float = 0.0,
+    end: float | None = None,
+    *,
+    max_seconds: float | None = None,
+    data: bytes | None = None,
 ) -> Samples:
     """The sound of a file, or of the span from `start` to `end` (seconds), as float32 [samples] at 16 kHz, mono.
 
     Values are as decoded, with no change of level; channels are averaged. All of what was asked for is there, and all of
     it is finite. Raises AudioError, which names the file and what is wrong with it, also when there is more than
-    `max_seconds` of sound: decoding stops there.
+    `max_seconds` of sound: decoding stops there. With `data`, the content of a file held in memory, `path` only names it.
     """
     limit = math.inf if max_seconds is None else round(max_seconds * SAMPLE_RATE) + 1
     blocks: list[Samples] = []
     total = 0
-    with open_source(Path(path)) as source:
+    with open_source(path, data) as source:
         known_end = end if end is not None else source.promised
         if max_seconds is not None and known_end is not None and (known_end - start) * SAMPLE_RATE > limit:
             raise _too_long(source.path, max_seconds)
@@ -66,12 +71,13 @@ def iter_blocks(path: str | Path, start: float = 0.0, end: float | None = None) 
         yield from _at_16khz(source, start, end)
 
 
-def probe(path: str | Path) -> AudioInfo:
-    """Length and format of a file without decoding it. Raises AudioError as far as the header shows a fault.
+def probe(path: str | Path, data: bytes | None = None) -> AudioInfo:
+    """Length and format of a file, or of its content `data`, without decoding it. Raises AudioError as far as the header
+    shows a fault.
 
     Where the header states no length (a browser's WebM, MP3 without a length tag), packets are counted: 0.1 ms a second.
     """
-    with open_source(Path(path)) as source:
+    with open_source(path, data) as source:
         if source.promised is None:
             duration = source.count_seconds()
         else:
@@ -152,7 +158,7 @@ def _checked(source: Source, start: float, end: float | None) -> Blocks:
         raise AudioError(_("{path}: holds no sound (0 seconds). Record it again.").format(path=source.path))
 
 
-def _refuse_not_finite(path: Path, block: Samples, seconds: float) -> None:
+def _refuse_not_finite(path: Name, block: Samples, seconds: float) -> None:
     finite = np.isfinite(block)
     if not finite.all():
         raise AudioError(
@@ -173,7 +179,7 @@ def _refuse_cut_off(source: Source, readable: float, wanted: float | None) -> No
         )
 
 
-def _bad_span(path: Path, start: float, end: float | None, duration: float | None) -> AudioError:
+def _bad_span(path: Name, start: float, end: float | None, duration: float | None) -> AudioError:
     span = f"{start:.2f}-{'' if end is None else f'{end:.2f}'}"
     if duration is None:
         return AudioError(
@@ -186,7 +192,7 @@ def _bad_span(path: Path, start: float, end: float | None, duration: float | Non
     )
 
 
-def _too_long(path: Path, max_seconds: float | None) -> AudioError:
+def _too_long(path: Name, max_seconds: float | None) -> AudioError:
     return AudioError(
         _("{path}: longer than the {limit:g} seconds allowed. Cut it into shorter pieces.").format(
             path=path, limit=max_seconds

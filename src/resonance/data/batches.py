@@ -6,7 +6,7 @@ longest clip and a margin, rounded up to one of a few lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,32 @@ class Clip(NamedTuple):
     mask_seed: int
     longest: float = 0.0  # seconds that its batch has room for at least, before the margin
 
+    def without_labels(self) -> Clip:
+        """The same with nothing to learn from."""
+        return self._replace(tokens=TokenPair(self.tokens.decoder_input_ids, [IGNORED_LABEL] * len(self.tokens.labels)))
+
+
+@dataclass(frozen=True, slots=True)
+class ClipMaker:
+    """From a row and its sound to a clip, augmented where that is asked for."""
+
+    tokenizer: LabelTokenizer
+    augmentation: Augmentation | None
+    timestamp_fraction: float
+
+    def __call__(
+        self, row: Utterance, read: Callable[[], np.ndarray | Features], longest: float, random: np.random.Generator
+    ) -> Clip:
+        # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
+        timestamps = bool(row.segments) and random.random() < self.timestamp_fraction
+        audio = read()
+        if self.augmentation:
+            longest = min(longest / (1 - self.augmentation.speed), self.augmentation.max_seconds)
+            if not timestamps and not isinstance(audio, Features):
+                audio = vary_clip(audio, self.augmentation, random)
+        tokens = self.tokenizer.encode(row, timestamps=timestamps)
+        return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)), longest)
+
 
 class ClipDataset(Dataset[Clip]):
     """Rows decoded when they are asked for: nothing is kept in memory, so it does not grow with the data.
@@ -75,18 +101,13 @@ class ClipDataset(Dataset[Clip]):
     def __getitem__(self, draw: Draw | int) -> Clip:
         index, seed, longest, counts = draw if isinstance(draw, tuple) else Draw(draw, 0)
         row = self.rows[index]
-        random = np.random.default_rng((seed, index))
-        # Timestamps would be wrong on audio whose speed was changed, so a clip gets one or the other.
-        timestamps = bool(row.segments) and random.random() < self.timestamp_fraction
-        audio = self.cache.features(row) if self.cache else read_audio(row.audio, row.start, row.end)
-        if self.augmentation:
-            longest = min(longest / (1 - self.augmentation.speed), self.augmentation.max_seconds)
-            if not timestamps and not isinstance(audio, Features):
-                audio = vary_clip(audio, self.augmentation, random)
-        tokens = self.tokenizer.encode(row, timestamps=timestamps)
-        if not counts:
-            tokens = TokenPair(tokens.decoder_input_ids, [IGNORED_LABEL] * len(tokens.labels))
-        return Clip(audio, tokens, self.augmentation, int(random.integers(2**31)), longest)
+        maker = ClipMaker(self.tokenizer, self.augmentation, self.timestamp_fraction)
+
+        def read() -> np.ndarray | Features:
+            return self.cache.features(row) if self.cache else read_audio(row.audio, row.start, row.end)
+
+        clip = maker(row, read, longest, np.random.default_rng((seed, index)))
+        return clip if counts else clip.without_labels()
 
 
 class LengthGroupedSampler(Sampler[Draw]):

@@ -8,6 +8,7 @@ the terminal on files that are fine (libsndfile issue 958), and the samples of b
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from resonance.messages import _
 
 Samples = npt.NDArray[np.float32]
 Blocks = Iterator[tuple[int, Samples]]  # (samples per second, mono samples) as the file has them
+Name = Path | str  # of a file, or of what is held in memory, for messages
 
 BLOCK_VALUES = 1 << 18  # float32 values decoded at once, all channels together: 1 MiB, 16 s of 16 kHz mono
 # Outside, a header is forged or broken: sound of 1 Hz becomes 16,000 times as long.
@@ -47,7 +49,7 @@ FORMATS_WITH_LENGTH = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "flac"
 class Source:
     """An open file. `blocks(start, end)` decodes a span given in seconds."""
 
-    path: Path
+    path: Name
     sample_rate: int
     channels: int
     format: str
@@ -59,42 +61,56 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Open an audio or video file. Raises AudioError when it is not there, may not be read or holds no sound."""
+def open_source(path: Name, data: bytes | None = None) -> Iterator[Source]:
+    """Open an audio or video file, or `data`, the content of one, which then is called `path`.
+
+    Raises AudioError when it is not there, may not be read or holds no sound.
+    """
     with contextlib.ExitStack() as stack:
-        try:
-            found = path.stat()
-            if stat.S_ISDIR(found.st_mode):
-                raise AudioError(_("{path}: this is a folder. Give an audio file.").format(path=path))
-            if not stat.S_ISREG(found.st_mode):
-                raise AudioError(_("{path}: not a file but a device or pipe. Give an audio file.").format(path=path))
-            handle = stack.enter_context(path.open("rb"))
-            head = handle.read(512)
-        except FileNotFoundError:
-            raise AudioError(
-                _("{path}: no such file. Check the name and the folder it is looked for in.").format(path=path)
-            ) from None
-        except PermissionError:
-            raise AudioError(
-                _("{path}: you have no permission to read this file. Ask its owner, or copy it.").format(path=path)
-            ) from None
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            reason = getattr(error, "strerror", None) or error
-            raise AudioError(_("{path}: cannot be read ({reason}).").format(path=path, reason=reason)) from error
-        if not found.st_size:
+        handle: BinaryIO
+        if data is not None:
+            handle, head, size = io.BytesIO(data), data[:512], len(data)
+        else:
+            handle, head, size = _open_file(Path(path), stack)
+        if not size:
             raise AudioError(_("{path}: the file is empty (0 bytes). Copy or record it again.").format(path=path))
-        if head.startswith(SOUNDFILE_STARTS) and (file := _open_soundfile(path)):
+        if head.startswith(SOUNDFILE_STARTS) and (file := _open_soundfile(path, data)):
             stack.callback(file.close)
-            yield _soundfile_source(path, file, handle, head)
+            yield _soundfile_source(path, data, file, handle, head)
             return
         yield _av_source(path, handle, head, stack)
 
 
-def _open_soundfile(path: Path) -> soundfile.SoundFile | None:
+def _open_file(path: Path, stack: contextlib.ExitStack) -> tuple[BinaryIO, bytes, int]:
+    """The open file, its first bytes and its size."""
+    try:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise AudioError(_("{path}: this is a folder. Give an audio file.").format(path=path))
+        if not stat.S_ISREG(found.st_mode):
+            raise AudioError(_("{path}: not a file but a device or pipe. Give an audio file.").format(path=path))
+        handle = stack.enter_context(path.open("rb"))
+        head = handle.read(512)
+    except FileNotFoundError:
+        raise AudioError(
+            _("{path}: no such file. Check the name and the folder it is looked for in.").format(path=path)
+        ) from None
+    except PermissionError:
+        raise AudioError(
+            _("{path}: you have no permission to read this file. Ask its owner, or copy it.").format(path=path)
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(_("{path}: cannot be read ({reason}).").format(path=path, reason=reason)) from error
+    return handle, head, found.st_size
+
+
+def _open_soundfile(path: Name, data: bytes | None) -> soundfile.SoundFile | None:
     """None when libsndfile does not know the encoding, or when FFmpeg does better."""
     try:
         # Bytes, because names that are not UTF-8 (a GBK archive unpacked on Linux) cannot be passed as text.
-        file = soundfile.SoundFile(str(path) if os.name == "nt" else os.fsencode(path))
+        name = str(path) if os.name == "nt" else os.fsencode(path)
+        file = soundfile.SoundFile(name if data is None else io.BytesIO(data))
     except soundfile.LibsndfileError:
         return None
     # 0: a WAV recorder that crashed leaves a length of 0 before all of its sound. 2**62: FLAC of unknown length.
@@ -104,7 +120,9 @@ def _open_soundfile(path: Path) -> soundfile.SoundFile | None:
     return None
 
 
-def _soundfile_source(path: Path, file: soundfile.SoundFile, handle: BinaryIO, head: bytes) -> Source:
+def _soundfile_source(
+    path: Name, data: bytes | None, file: soundfile.SoundFile, handle: BinaryIO, head: bytes
+) -> Source:
     rate = file.samplerate
     _check_rate(path, rate)
     promised = readable = file.frames / rate
@@ -117,7 +135,7 @@ def _soundfile_source(path: Path, file: soundfile.SoundFile, handle: BinaryIO, h
 
     def blocks(start: float, end: float | None) -> Blocks:
         last = file.frames if end is None else min(file.frames, round(end * rate))
-        return _soundfile_blocks(path, file, round(start * rate), last)
+        return _soundfile_blocks(path, data, file, round(start * rate), last)
 
     form = f"{file.format} {file.subtype}"
     return Source(path, rate, file.channels, form, promised, readable, EXACT_SECONDS, blocks, lambda: readable)
@@ -125,7 +143,7 @@ def _soundfile_source(path: Path, file: soundfile.SoundFile, handle: BinaryIO, h
 
 def _promised_share(handle: BinaryIO, head: bytes) -> float:
     """How many times the sound that is there a WAV header announces: 1.0 when the file is complete."""
-    size = os.fstat(handle.fileno()).st_size
+    size = handle.seek(0, os.SEEK_END)
     position = 12
     while position + 8 <= size:
         if position + 8 > len(head):
@@ -151,7 +169,7 @@ def _ogg_cut_off(handle: BinaryIO) -> bool:
     return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
-def _soundfile_blocks(path: Path, file: soundfile.SoundFile, first: int, last: int) -> Blocks:
+def _soundfile_blocks(path: Name, data: bytes | None, file: soundfile.SoundFile, first: int, last: int) -> Blocks:
     weights = np.full(file.channels, 1 / file.channels, np.float32)
     step = max(1, BLOCK_VALUES // file.channels)
     position = first
@@ -166,7 +184,7 @@ def _soundfile_blocks(path: Path, file: soundfile.SoundFile, first: int, last: i
                 step //= 4
                 if step < file.samplerate * EXACT_SECONDS:
                     return
-                if again := _open_soundfile(path):
+                if again := _open_soundfile(path, data):
                     file = reopened.enter_context(again)
                 continue
             if not len(block):
@@ -176,7 +194,7 @@ def _soundfile_blocks(path: Path, file: soundfile.SoundFile, first: int, last: i
             yield file.samplerate, block[:, 0] if file.channels == 1 else block @ weights
 
 
-def _av_source(path: Path, handle: BinaryIO, head: bytes, stack: contextlib.ExitStack) -> Source:
+def _av_source(path: Name, handle: BinaryIO, head: bytes, stack: contextlib.ExitStack) -> Source:
     import av
 
     try:
@@ -245,7 +263,7 @@ def _mp3_states_length(handle: BinaryIO, head: bytes) -> bool:
     return any(tag in head for tag in MP3_LENGTH_TAGS)
 
 
-def _av_frames(path: Path, container: Any, stream: Any, start: float, end: float | None) -> Blocks:
+def _av_frames(path: Name, container: Any, stream: Any, start: float, end: float | None) -> Blocks:
     """Decoded frames of the span, mixed to mono."""
     import av
 
@@ -319,7 +337,7 @@ def _joined(frames: Blocks) -> Blocks:
         yield rate, np.concatenate(parts)
 
 
-def _check_rate(path: Path, rate: int) -> None:
+def _check_rate(path: Name, rate: int) -> None:
     if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
         raise AudioError(
             _(
@@ -328,7 +346,7 @@ def _check_rate(path: Path, rate: int) -> None:
         )
 
 
-def _not_audio(path: Path, head: bytes, error: Exception) -> AudioError:
+def _not_audio(path: Name, head: bytes, error: Exception) -> AudioError:
     if head[4:8] == b"ftyp" or head[:4] == b"OggS":
         return _end_missing(path)
     if not re.search(rb"[\0-\x08\x0e-\x1f]", head):
@@ -345,5 +363,5 @@ def _not_audio(path: Path, head: bytes, error: Exception) -> AudioError:
     )
 
 
-def _end_missing(path: Path) -> AudioError:
+def _end_missing(path: Name) -> AudioError:
     return AudioError(_("{path}: the file is cut off: its end is missing. Copy or record it again.").format(path=path))

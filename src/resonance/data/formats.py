@@ -37,13 +37,16 @@ MANIFEST_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 _white_space = re.compile(r"[ \t\n\r]*").match
 
 
-def load_manifest(path: str | Path, *, dataset_dir: Path | None = None, json_file: str | None = None) -> Manifest:
+def load_manifest(
+    path: str | Path, *, dataset_dir: Path | None = None, json_file: str | None = None, addresses: bool = False
+) -> Manifest:
     """All utterances of the manifest at `path`: a JSON list or map, JSON lines, a CSV or TSV table, a Kaldi folder, a
     dataset saved with `save_to_disk`, or a folder with one of these in it.
 
     Relative audio paths are looked up beside the manifest, then in `dataset_dir`. With `json_file`, the manifest is
     the file of that name in `dataset_dir` (in `path` when there is no `dataset_dir`). The audio files themselves are
-    not looked at. Raises ManifestError, which names all rows at fault at once.
+    not looked at; with `addresses` they may lie on another machine. Raises ManifestError, which names all rows at fault at
+    once.
     """
     path = Path(path)
     if json_file is not None:
@@ -58,10 +61,16 @@ def load_manifest(path: str | Path, *, dataset_dir: Path | None = None, json_fil
     if path.is_dir():
         name, utterances = _read_folder(path, dataset_dir)
     else:
-        name, utterances = _read_file(path, dataset_dir)
+        name, utterances = _read_file(path, dataset_dir, addresses)
     if not utterances:
         raise ManifestError(_("{path}: there are no rows in it. List at least one recording.").format(path=path))
     return Manifest(path, name, utterances)
+
+
+def _not_a_file(row: Utterance) -> str:
+    return _("row {row}: {value} is an address, not a file: add --streaming, or download it and give its path").format(
+        row=row.row, value=excerpt(row.audio)
+    )
 
 
 def _manifest_in_folder(folder: Path) -> Path:
@@ -78,6 +87,12 @@ def _manifest_in_folder(folder: Path) -> Path:
         raise ManifestError(
             _("{folder}: several lists of recordings are in it: {names}. Give the path of the one to use.").format(
                 folder=folder, names=", ".join(names)
+            )
+        )
+    if not names and any(entry.suffix in (".tar", ".parquet") for entry in folder.iterdir()):
+        raise ManifestError(
+            _("{folder}: tar or parquet files and no list of recordings. To train on them, add --streaming.").format(
+                folder=folder
             )
         )
     if not names:
@@ -97,7 +112,7 @@ def _read_folder(folder: Path, dataset_dir: Path | None) -> tuple[str, list[Utte
     return "Kaldi folder", read_kaldi(folder, resolve)
 
 
-def _read_file(path: Path, dataset_dir: Path | None) -> tuple[str, list[Utterance]]:
+def _read_file(path: Path, dataset_dir: Path | None, addresses: bool) -> tuple[str, list[Utterance]]:
     text = read_text(path)
     folder = path.parent
     roots = [folder, *_clips(folder)]
@@ -119,6 +134,8 @@ def _read_file(path: Path, dataset_dir: Path | None) -> tuple[str, list[Utteranc
         raise ManifestError(f"{path}: {_json_fault(error)}") from None
     except RecursionError:
         raise ManifestError(_("{path}: not a list of recordings: too many brackets.").format(path=path)) from None
+    if not addresses:
+        problems += [_not_a_file(row) for row in utterances if "://" in row.audio]
     raise_problems(path, problems)
     return name, utterances
 
@@ -164,12 +181,12 @@ def _read_json_object(text: str, start: int, resolve: Resolver, problems: list[s
     except json.JSONDecodeError:
         if "\n{" not in text:
             raise
-        return "JSON lines", _read_json_lines(text, resolve, problems)
+        return "JSON lines", read_json_lines(text, resolve, problems)
     end = _skip(text, end)
     if end < len(text):
         if not text.startswith("{", end):
             raise json.JSONDecodeError("Extra data", text, end)
-        return "JSON lines", _read_json_lines(text, resolve, problems)
+        return "JSON lines", read_json_lines(text, resolve, problems)
     read = row_reader(resolve, problems, in_row)
     if first_of(value, AUDIO_KEYS) is not None and first_of(value, TEXT_KEYS) is not None:
         row = read(value, 1)
@@ -188,10 +205,11 @@ def _read_json_object(text: str, start: int, resolve: Resolver, problems: list[s
     return "JSON map", utterances
 
 
-def _read_json_lines(text: str, resolve: Resolver, problems: list[str]) -> list[Utterance]:
+def read_json_lines(text: str, resolve: Resolver, problems: list[str], first_line: int = 1) -> list[Utterance]:
+    """The rows of JSON lines; a line that makes no sense goes into `problems`."""
     read = row_reader(resolve, problems, in_line)
     utterances = []
-    for number, line in enumerate(lines(text), 1):
+    for number, line in enumerate(lines(text), first_line):
         if not line.strip():
             continue
         try:
@@ -221,13 +239,22 @@ def _json_fault(error: json.JSONDecodeError, line: int | None = None) -> str:
 
 
 def _read_table(path: Path, text: str, resolve: Resolver, problems: list[str]) -> tuple[str, list[Utterance]]:
-    delimiter, names = _columns(path, text)
+    delimiter, names = columns_of(path, text)
+    rows = text[len(next(lines(text))) :]
+    utterances = read_table_rows(rows, delimiter, names, resolve, problems, first_line=2)
+    return ("TSV table" if delimiter == "\t" else "CSV table"), utterances
+
+
+def read_table_rows(
+    text: str, delimiter: str, names: list[str], resolve: Resolver, problems: list[str], first_line: int
+) -> list[Utterance]:
+    """The rows of a table behind its first line; a row that makes no sense goes into `problems`."""
     read = row_reader(resolve, problems, in_line)
     utterances = []
-    number = 1
+    number = first_line - 1
     try:
-        for number, fields in _fields(text, delimiter):
-            if number == 1 or not any(fields):
+        for number, fields in _fields(text, delimiter, first_line):
+            if not any(fields):
                 continue
             if len(fields) > len(names) and any(fields[len(names) :]):
                 problems.append(
@@ -244,10 +271,10 @@ def _read_table(path: Path, text: str, resolve: Resolver, problems: list[str]) -
                 'Write a quote inside a text twice: "she said ""yes"""'
             ).format(where=in_line(number + 1), reason=error)
         )
-    return ("TSV table" if delimiter == "\t" else "CSV table"), utterances
+    return utterances
 
 
-def _columns(path: Path, text: str) -> tuple[str, list[str]]:
+def columns_of(path: str | Path, text: str) -> tuple[str, list[str]]:
     """The delimiter and the column names of a table, from its first line."""
     header = next(lines(text))
     candidates = []
@@ -267,18 +294,18 @@ def _columns(path: Path, text: str) -> tuple[str, list[str]]:
     )
 
 
-def _fields(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _fields(text: str, delimiter: str, first_line: int) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table, each with the line it begins in."""
     if delimiter == "\t":
-        for number, line in enumerate(lines(text), 1):
+        for number, line in enumerate(lines(text), first_line):
             yield number, [_unquoted(field) for field in line.rstrip("\r\n").split("\t")]
         return
     # strict: without it a quote that is never closed swallows the rest of the file without a word.
     reader = csv.reader(lines(text), delimiter=delimiter, strict=True)
-    number = 1
+    number = first_line
     for fields in reader:
         yield number, fields
-        number = reader.line_num + 1
+        number = reader.line_num + first_line
 
 
 def _unquoted(field: str) -> str:

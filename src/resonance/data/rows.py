@@ -48,7 +48,8 @@ def in_line(number: int) -> str:
 def path_resolver(folders: Sequence[Path]) -> Resolver:
     """A function from a path in a manifest to an absolute path: in the first of `folders` that has it, else the first.
 
-    Looks at the disk only when there is a choice. A `\\` written on Windows works elsewhere too.
+    Looks at the disk only when there is a choice. A `\\` written on Windows works elsewhere too. An address such as
+    `s3://bucket/001.wav` stays as it is.
     """
     roots = [os.path.abspath(folder) for folder in folders]
 
@@ -66,6 +67,8 @@ def path_resolver(folders: Sequence[Path]) -> Resolver:
             return frozenset()
 
     def resolve(name: str) -> str:
+        if "://" in name:
+            return name
         if "\\" in name and not (os.sep == "/" and os.path.exists(os.path.join(roots[0], name))):
             name = name.replace("\\", "/")
         folder, slash, file = name.rpartition("/")
@@ -165,8 +168,6 @@ def _audio_name(audio: object, row: Mapping[str, object], fault: Say) -> str:
         fault(_("the audio file must be a path in quotes, found {value}").format(value=excerpt(audio)))
     elif not (name := audio.strip()):
         fault(_("the audio file's name is empty"))
-    elif "://" in name:
-        fault(_("{value} is an address, not a file: download it and give its path").format(value=excerpt(name)))
     elif "\x00" in name:
         fault(_("the audio file's name {value} has a NUL character in it").format(value=excerpt(name)))
     else:

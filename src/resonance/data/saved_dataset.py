@@ -58,7 +58,7 @@ def export_dataset(folder: str | Path, out: str | Path) -> Path:
     for number, row in enumerate(_rows(folder), 1):
         audio = first_of(row, AUDIO_KEYS)
         if isinstance(audio, dict) and audio.get("bytes") is not None:
-            name = Path(audio.get("path") or f"clip{_suffix(audio['bytes'])}").name
+            name = Path(audio.get("path") or f"clip{suffix_of(audio['bytes'])}").name
             target = audio_folder / f"{number:06}_{name}"
             target.write_bytes(audio["bytes"])
             audio["path"] = str(target)
@@ -70,6 +70,24 @@ def export_dataset(folder: str | Path, out: str | Path) -> Path:
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    for columns in load_saved(folder).iter(batch_size=ROWS_AT_ONCE):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def undecoded(dataset: Any) -> Any:
+    """The dataset with its recordings as bytes or paths: decoding is ours, and the package's own needs torchcodec and
+    FFmpeg."""
+    import datasets
+
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Audio):
+            dataset = dataset.cast_column(name, datasets.Audio(decode=False))
+    return dataset
+
+
+def load_saved(folder: Path) -> Any:
+    """The dataset in `folder`, of one part, its recordings undecoded. Raises ManifestError, MissingExtraError."""
     try:
         import datasets
     except ImportError as error:
@@ -92,16 +110,10 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise ManifestError(_("{folder}: cannot be read ({reason}).").format(folder=folder, reason=error)) from error
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Audio):
-            # Undecoded: decoding is ours, and the package's own needs torchcodec and FFmpeg.
-            dataset = dataset.cast_column(name, datasets.Audio(decode=False))
-    for columns in dataset.iter(batch_size=ROWS_AT_ONCE):
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+    return undecoded(dataset)
 
 
-def _suffix(data: bytes) -> str:
+def suffix_of(data: bytes) -> str:
     """The file name ending for audio without a name, from its first bytes."""
     for magic, suffix in (
         (b"RIFF", ".wav"),

@@ -49,6 +49,17 @@ def read_text(path: Path) -> str:
     return text
 
 
+def refuse_wrong_encoding(place: str, data: bytes) -> None:
+    """Raise ManifestError when `data`, a part of the file at `place`, is not UTF-8."""
+    try:
+        if b"\x00" not in data:
+            data.decode("utf-8-sig")
+            return
+    except UnicodeDecodeError:
+        pass
+    raise _wrong_encoding(Path(place), data)
+
+
 def lines(text: str) -> Iterator[str]:
     """The lines of `text`, each with its `\\n`. Unlike str.splitlines, U+2028 and form feeds inside a text stay in it."""
     start = 0

@@ -47,6 +47,16 @@ class RunFolder:
         return self.path / "data" / "train.json"
 
     @property
+    def stream(self) -> Path:
+        """What was streamed, in place of `train_rows`."""
+        return self.path / "data" / "stream.json"
+
+    @property
+    def clips(self) -> Path:
+        """Recordings out of a stream that are looked at again."""
+        return self.path / "data" / "clips"
+
+    @property
     def held_out_rows(self) -> Path:
         return self.path / "data" / "held_out.json"
 

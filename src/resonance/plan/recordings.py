@@ -11,6 +11,7 @@ from rich.console import Console
 
 from resonance.config import TrainConfig
 from resonance.data.manifest import Utterance
+from resonance.data.sources import looks_streamed
 from resonance.train.rows import Rows, read_rows
 from resonance.units import MAX_LABEL_TOKENS
 
@@ -19,6 +20,7 @@ PROMPT_TOKENS = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 # 838 transcripts of TORGO (0.27) and on AISHELL-1 and HSK sentences (1.22 and 1.16).
 TOKENS_PER_LETTER, TOKENS_PER_CHINESE = 0.27, 1.2
 SAMPLED = 200
+MOST_CLIPS = 1_000_000  # of a stream: more plan nothing else
 LONG_SHARE = 0.02  # recordings that may be longer than what is called usual
 
 
@@ -63,16 +65,26 @@ class Recordings:
 
 
 def measure(config: TrainConfig, model_folder: Path | None, console: Console) -> Recordings:
-    """Read the manifests of `config`, as training would. Raises DataError as training would."""
+    """Read the manifests of `config`, or some of what it streams, as training would. Raises DataError as training would."""
+    if stream_reason(config):
+        config = config.model_copy(update={"streaming": True})
     return lengths(read_rows(config, console), token_counter(model_folder))
 
 
+def stream_reason(config: TrainConfig) -> str | None:
+    """Why the data has to be streamed; None where it is listed, or where the user decided."""
+    settled = config.streaming_is_settled or config.train_file is None
+    return None if settled else looks_streamed(config.train_file or "")
+
+
 def lengths(rows: Rows, count: Callable[[str], int] | None) -> Recordings:
-    """`count` gives the tokens of a text; without it they are estimated."""
+    """`count` gives the tokens of a text; without it they are estimated. Of a stream, some recordings stand for all."""
+    clips = min(rows.count or 0, MOST_CLIPS) if rows.stream else 0
+    times = max(1, round(clips / len(rows.train)))
     return Recordings(
-        tuple(sorted(row.duration or 0.0 for row in rows.train)),
+        tuple(sorted([row.duration or 0.0 for row in rows.train] * times)),
         len(rows.held_out),
-        tuple(sorted(label_lengths(rows.train, count or estimated_tokens))),
+        tuple(sorted(label_lengths(rows.train, count or estimated_tokens) * times)),
         counted=count is not None,
     )
 

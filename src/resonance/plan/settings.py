@@ -12,6 +12,7 @@ from resonance.messages import _
 from resonance.plan.choose import Plan
 from resonance.plan.devices import Device
 from resonance.plan.feature_cache import feature_cache
+from resonance.plan.recordings import stream_reason
 from resonance.units import GIBIBYTE, MEBIBYTE, POSITIONS_PER_SECOND
 
 
@@ -75,6 +76,8 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         choice("dataloader_num_workers", workers(config, device), _("prepare audio while the model computes")),
         choice("feature_cache", *features_of(plan, config)),
     ]
+    if reason := stream_reason(config):
+        chosen.append(choice("streaming", True, reason))
     if plan.eval_steps:
         chosen += [
             choice(
@@ -139,6 +142,8 @@ def features_of(plan: Plan, config: TrainConfig) -> tuple[str, str]:
     """Whether features are kept on disk, and why."""
     if not config.model_fields_set.isdisjoint({"feature_cache", "feature_cache_dir"}):
         return config.feature_cache, _("as you gave it")
+    if config.streaming or stream_reason(config):
+        return "none", _("the data is streamed")
     learnt = plan.steps * plan.rung.effective_batch
     return feature_cache(
         config,

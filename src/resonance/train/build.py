@@ -9,7 +9,8 @@ import torch
 from resonance.config import TrainConfig
 from resonance.data.audio_context import AudioContext
 from resonance.data.augment import Augmentation
-from resonance.data.batches import ClipDataset, Collator
+from resonance.data.batches import ClipDataset, ClipMaker, Collator
+from resonance.data.clip_stream import ClipStream
 from resonance.data.feature_cache import FeatureCache
 from resonance.data.tokens import IGNORED_LABEL, LabelTokenizer
 from resonance.errors import RunFolderError
@@ -24,6 +25,7 @@ from resonance.train import progress
 from resonance.train.arguments import best_metric, training_arguments
 from resonance.train.resume import EarlyStopping
 from resonance.train.rows import Rows
+from resonance.train.streaming import StreamLoader, layout_of
 from resonance.train.trainer import WhisperTrainer
 from resonance.units import WINDOW_SECONDS
 
@@ -100,37 +102,51 @@ def build_trainer(
             "utterances": len(references)
         }
 
-    callbacks = progress.callbacks(run, config, mine)
-    if config.early_stopping_patience and rows.held_out:
-        callbacks.append(EarlyStopping(config.early_stopping_patience))
-    return WhisperTrainer(
-        model=model,
-        args=training_arguments(
-            config,
-            run.checkpoints,
-            precision,
-            metric=metric if rows.held_out else None,
-            train_rows=len(rows.train),
-            on_cpu=whisper.model.device.type == "cpu",
-            mine=mine,
-        ),
-        train_dataset=ClipDataset(
+    args = training_arguments(
+        config,
+        run.checkpoints,
+        precision,
+        metric=metric if rows.held_out else None,
+        train_rows=len(rows.train),
+        on_cpu=whisper.model.device.type == "cpu",
+        mine=mine,
+    )
+    collator = Collator(context, whisper.n_mels, eos)
+    train_dataset: ClipDataset | ClipStream
+    stream = None
+    if rows.stream:
+        make = ClipMaker(tokenizer, augmentation, config.timestamp_fraction)
+        layout = layout_of(config, rank=args.process_index, ranks=args.world_size)
+        train_dataset = ClipStream(
+            rows.stream.source, make, collator, rows.stream.choice, layout, skip=config.skip_broken
+        )
+        stream = StreamLoader(train_dataset, rows.stream.fingerprint)
+    else:
+        train_dataset = ClipDataset(
             rows.train,
             tokenizer,
             augmentation=augmentation,
             timestamp_fraction=config.timestamp_fraction,
             cache=cache,
-        ),
+        )
+    callbacks = progress.callbacks(run, config, mine)
+    if config.early_stopping_patience and rows.held_out:
+        callbacks.append(EarlyStopping(config.early_stopping_patience))
+    return WhisperTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
         eval_dataset=ClipDataset(rows.held_out, tokenizer, cache=cache) if rows.held_out else None,
-        data_collator=Collator(context, whisper.n_mels, eos),
+        data_collator=collator,
         compute_metrics=metrics,
         callbacks=callbacks,
-        train_durations=[row.duration or 0.0 for row in rows.train],
+        train_durations=[] if stream else [row.duration or 0.0 for row in rows.train],
         prompt_length=len(tokenizer.prompt(tokenizer.language)),
         num_beams=config.generation_num_beams,
         max_length=config.generation_max_length,
         label_smoothing=config.label_smoothing_factor,
         keep_checkpoints=config.save_total_limit,
+        stream=stream,
     )
 
 

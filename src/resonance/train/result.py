@@ -82,7 +82,7 @@ tags: [whisper, resonance]
 ---
 # {"LoRA adapter" if info.kind == "lora" else "Fine-tuned model"} for {info.base_model}
 
-Trained with Resonance on {info.data["train_rows"]} recordings ({info.data["hours"]:.2f} hours). Language: {info.language}.
+Trained with Resonance on {trained_on(info)}. Language: {info.language}.
 Audio context: {info.audio_context}, margin {info.audio_margin} s.
 
     resonance transcribe --model_path . --audio_path recording.wav
@@ -92,6 +92,11 @@ Scores on {scores.get("utterances", 0)} held-out recordings, normaliser {info.no
 | score | value |
 |---|---|
 {rows}"""
+
+
+def trained_on(info: Info) -> str:
+    rows, hours = info.data["train_rows"], info.data["hours"]
+    return "a stream of recordings" if hours is None else f"{rows} recordings ({hours:.2f} hours)"
 
 
 def describe(config: TrainConfig, rows: Rows, whisper: Whisper, trainer: WhisperTrainer, language: str | None) -> Info:
@@ -108,11 +113,11 @@ def describe(config: TrainConfig, rows: Rows, whisper: Whisper, trainer: Whisper
         normalizer=normalizer_for(language).name,
         scores=trainer.kept_scores(),
         data={
-            "train_rows": len(rows.train),
+            "train_rows": rows.count,
             "eval_rows": len(rows.held_out),
-            "hours": round(rows.hours, 4),
+            "hours": None if rows.hours is None else round(rows.hours, 4),
             "longest_clip_seconds": max(durations),
-            "fingerprint": fingerprint(rows.train),
+            "fingerprint": rows.stream.fingerprint if rows.stream else fingerprint(rows.train),
         },
         settings=config.model_dump(mode="json"),
         versions=versions(),

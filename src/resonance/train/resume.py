@@ -20,6 +20,7 @@ from resonance.model.adapters import read_info
 from resonance.model.checkpoints import DAMAGED_FILE, is_complete, processes_of, set_aside_damaged
 from resonance.model.runs import RunFolder
 from resonance.train.rows import Rows
+from resonance.train.stream_rows import check_stream
 from resonance.train.trainer import WhisperTrainer
 
 UNMEASURED_FILE = "unmeasured"  # in a checkpoint: a signal stopped the measuring of its step
@@ -42,6 +43,7 @@ FREE = frozenset(
         *("eval_strategy", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is compared
         *("per_device_eval_batch_size", "dataloader_num_workers", "gradient_checkpointing"),
+        "skip_broken",
         *("use_wandb", "wandb_project", "run_name"),
         *("nproc", "nnodes", "node_rank", "rdzv", "max_restarts", "deepspeed", "fsdp"),
     }
@@ -102,10 +104,12 @@ def check_rows(rows: Rows, run: RunFolder) -> None:
     """Raise DataError when the recordings are not those that the checkpoints in `run` were trained and measured on."""
     if run.latest_checkpoint() is None:
         return
-    for setting, path, now in (
-        ("train_file", run.train_rows, rows.train),
-        ("validation_file", run.held_out_rows, rows.held_out),
-    ):
+    lists = [("validation_file", run.held_out_rows, rows.held_out)]
+    if rows.stream:
+        check_stream(rows.stream, run)
+    else:
+        lists.insert(0, ("train_file", run.train_rows, rows.train))
+    for setting, path, now in lists:
         before = load_manifest(path).utterances if path.is_file() else []
         changed = _identities(before) ^ _identities(now)
         if changed:

@@ -18,35 +18,50 @@ from resonance.data.tokens import LabelTokenizer
 from resonance.errors import DataError
 from resonance.languages import language_code
 from resonance.messages import _
+from resonance.train.stream_rows import Stream, read_stream
 
 SHOWN = 5  # left-out rows that are named on the screen
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows with known durations. `held_out` is empty when nothing is to be evaluated."""
+    """Rows with known durations. `held_out` is empty when nothing is to be evaluated.
+
+    With a `stream`, that is what is trained on, and `train` are some of its recordings, which stand for all.
+    """
 
     train: list[Utterance]
     held_out: list[Utterance]
+    stream: Stream | None = None
 
     def up_to(self, seconds: float) -> Rows:
         """Without the recordings that are longer."""
         train, held_out = (
             [row for row in rows if (row.duration or 0.0) <= seconds] for rows in (self.train, self.held_out)
         )
-        return Rows(train, held_out)
+        return Rows(train, held_out, self.stream and self.stream.up_to(seconds))
 
     @property
-    def hours(self) -> float:
+    def count(self) -> int | None:
+        """Recordings that are trained on, where that is known."""
+        return self.stream.rows if self.stream else len(self.train)
+
+    @property
+    def hours(self) -> float | None:
+        if self.stream:
+            return self.stream.hours
         return sum(row.duration or 0.0 for row in self.train) / 3600
 
 
-def read_rows(config: TrainConfig, console: Console) -> Rows:
-    """All rows of the configuration's manifests whose clips can be trained on.
+def read_rows(config: TrainConfig, console: Console, clips: Path | None = None) -> Rows:
+    """All rows of the configuration's manifests whose clips can be trained on, or the stream of them.
 
-    Raises DataError listing every file that is missing or unreadable. Clips outside the length limits are left out and
+    Recordings out of a stream that are not files are written into the folder `clips`, where one is given. Raises DataError listing every file that is missing or unreadable. Clips outside the length limits are left out and
     named.
     """
+    if config.streaming:
+        stream, some, measured = read_stream(config, console, clips)
+        return Rows(some, measured, stream)
     train = settle_languages(probe_durations(_manifest(config.train_file, config)), config.language)
     held_out: list[Utterance] = []
     if config.validation_file:
@@ -149,6 +164,22 @@ def single_language(rows: Sequence[Utterance], otherwise: str) -> str | None:
     """The language of all rows, where those that name none are in `otherwise`; None when there are several."""
     languages = {row.language or otherwise for row in rows}
     return languages.pop() if len(languages) == 1 else None
+
+
+def rows_in_words(rows: Rows, language: str) -> str:
+    """How many recordings there are to train and to measure on."""
+    held_out, hours = len(rows.held_out), rows.hours
+    if rows.stream and hours is None:
+        return _("Recordings: streamed from {place}, {held_out} held out · language {language}").format(
+            place=rows.stream.source.name, held_out=held_out, language=language
+        )
+    if rows.stream:
+        return _(
+            "Recordings: {train} streamed from {place} ({hours:.2f} h), {held_out} held out · language {language}"
+        ).format(train=rows.count, place=rows.stream.source.name, hours=hours, held_out=held_out, language=language)
+    return _("Recordings: {train} to train on ({hours:.2f} h), {held_out} held out · language {language}").format(
+        train=rows.count, hours=hours, held_out=held_out, language=language
+    )
 
 
 def check_labels(rows: Sequence[Utterance], tokenizer: LabelTokenizer) -> None:

@@ -180,6 +180,7 @@ def check_same(mine: Ranks, config: TrainConfig, rows: Rows, run: runs.RunFolder
     }
     facts["recordings"] = f"{len(rows.train)} {fingerprint(rows.train)[:12]}"
     facts["held-out recordings"] = f"{len(rows.held_out)} {fingerprint(rows.held_out)[:12]}"
+    facts["streamed data"] = rows.stream.fingerprint[:12] if rows.stream else None
     facts["checkpoint"] = latest.name if latest else None
     facts["torch"] = torch.__version__
     found = gathered(mine, (platform.node(), facts))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +18,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from resonance.data.batches import ClipDataset, InOrderSampler, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
+from resonance.data.workers import outliving_signals
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
 from resonance.model.checkpoints import PROCESSES_FILE, is_complete, mark_complete
 from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import write_failure
+from resonance.train.streaming import StreamLoader, Taken
 from resonance.transcribe.torch_engine import decode
 from resonance.units import GIBIBYTE
 
@@ -59,6 +58,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         max_length: int,
         label_smoothing: float,
         keep_checkpoints: int | None,
+        stream: StreamLoader | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -68,6 +68,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * world
         together = self.args.train_batch_size * world if world > 1 else 1
         self.sampler = LengthGroupedSampler(train_durations, group, self.args.seed, together)
+        self.stream = stream
         self.prompt_length = prompt_length
         self.num_beams = num_beams
         self.max_length = max_length
@@ -77,6 +78,18 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.evaluating = False  # stays set where evaluate() raised
         self.remove_callback(PrinterCallback)  # our progress line says it in words
         self.add_callback(_WhereItIs(self.sampler, self.meter))
+        if stream:
+            self.args.ignore_data_skip = True  # the stream goes on by itself where the checkpoint says
+            self.add_callback(Taken(stream))
+
+    def get_train_dataloader(self) -> Any:
+        """A stream as it is: accelerate would read it on one rank and send the batches to the others."""
+        return self.stream or outliving_signals(super().get_train_dataloader())
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if self.stream:
+            self.stream.restore(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset: ClipDataset | None = None) -> LengthGroupedSampler:
         return self.sampler
@@ -86,11 +99,8 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         together = self.args.eval_batch_size * world if world > 1 else 1
         return InOrderSampler(len(eval_dataset), together)
 
-    def get_train_dataloader(self) -> Any:
-        return _outliving_signals(super().get_train_dataloader())
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        return _outliving_signals(super().get_eval_dataloader(eval_dataset))
+        return outliving_signals(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         with self.meter.waiting(), clean_worker_errors():
@@ -138,6 +148,8 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                     shutil.rmtree(folder, ignore_errors=True)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
+                if self.stream:
+                    self.stream.save(folder)
                 self.accelerator.wait_for_everyone()  # each process writes its own random state into the folder
                 if self.args.should_save:
                     (folder / PROCESSES_FILE).write_text(str(self.args.world_size), encoding="utf-8")
@@ -186,35 +198,6 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         if not is_complete(folder):
             self._save_checkpoint(self.model, None)
         return folder
-
-
-def _outliving_signals(loader: Any) -> Any:
-    """A DataLoader whose workers go on when schedulers signal the whole process group, until the main process has saved.
-
-    torch gives them a handler that ends them at SIGTERM, and the main process with them.
-    """
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell around it
-    start = inner.worker_init_fn
-
-    def begin(worker: int) -> None:
-        if hasattr(signal, "sigwaitinfo"):  # Linux
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-            threading.Thread(target=_heed_the_parent, daemon=True).start()
-        if start is not None:
-            start(worker)
-
-    inner.worker_init_fn = begin
-    return loader
-
-
-STOPPING = frozenset({signal.SIGTERM, signal.SIGINT})
-
-
-def _heed_the_parent() -> None:
-    """In a worker: end at a signal from the process that started it, and at no other's."""
-    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class _WhereItIs(TrainerCallback):  # type: ignore[misc]
