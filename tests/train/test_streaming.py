@@ -20,7 +20,8 @@ from resonance.data.clip_stream import ClipStream
 from resonance.data.samples import Sample
 from resonance.data.sources import open_source
 from resonance.finetune import finetune
-from resonance.model.runs import COMPLETE_FILE, read_events
+from resonance.model.checkpoints import COMPLETE_FILE
+from resonance.model.runs import read_events
 from resonance.train.rows import read_rows
 from resonance.train.trainer import WhisperTrainer
 

@@ -50,9 +50,8 @@ def training_arguments(
     eval_steps = min(config.eval_steps, steps)
     save_steps = min(config.save_steps or eval_steps, steps)
     best = evaluates and config.load_best_model_at_end
-    passed = (
-        {"use_cpu": on_cpu, "ddp_find_unused_parameters": False} | sharding_arguments(config, on_cpu) | config.extra
-    )
+    ours = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False, "save_on_each_node": mine.own_disk}
+    passed = ours | sharding_arguments(config, on_cpu) | config.extra
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.max_steps or -1,

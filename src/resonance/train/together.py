@@ -144,12 +144,13 @@ def claim(path: Path, *, resume: bool, mine: Ranks) -> Iterator[tuple[runs.RunFo
     Yields the folder, and `mine` with what is now known about that.
     """
     with contextlib.ExitStack() as stack:
-        run = by_main(mine, lambda: stack.enter_context(runs.claim(path, resume=resume)))
+        by_main(mine, lambda: stack.enter_context(runs.claim(path, resume=resume)))
+        run = runs.RunFolder(path)  # each process has its own path for it
         mine = replace(mine, own_disk=not all(gathered(mine, _sees(run, mine))))
         with agreeing(mine):
             if mine.writes and not mine.main:
                 stack.enter_context(runs.claim(path, resume=resume))
-        yield run if mine.main else runs.RunFolder(path), mine
+        yield run, mine
 
 
 def _sees(run: runs.RunFolder, mine: Ranks) -> bool:
