@@ -105,7 +105,7 @@ def test_resume_with_settings_that_shape_the_weights_is_refused_naming_them(
         "lora_r: 16 before, 8 now",
         "learning_rate: 0.01 before, 0.5 now",
         "model_name_or_path: ",
-        "per_device_train_batch_size x gradient_accumulation_steps: 8 before, 16 now",
+        "per_device_train_batch_size x gradient_accumulation_steps x processes: 8 before, 16 now",
         "--output_dir",
     ):
         assert part in said

@@ -35,7 +35,7 @@ from resonance.units import MAX_LABEL_TOKENS, WINDOW_SECONDS
 DEFAULT_STEPS = 500
 GOOD_EFFECTIVE_BATCH = range(8, 33)
 ALIGNMENT_STEPS = 80
-ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+ZERO_STAGES: dict[str, Literal[1, 2, 3]] = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def _default_eval_strategy(data: dict[str, Any]) -> Literal["steps", "no"]:
@@ -298,9 +298,14 @@ class TrainConfig(BaseModel):
         return not self.auto or "max_steps" in self.model_fields_set
 
     @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.nproc * self.nnodes
+
+    @property
     def in_processes(self) -> bool:
         """Whether the training is started by a launcher."""
-        return self.nproc > 1 or self.nnodes > 1 or self.deepspeed is not None or self.fsdp
+        return self.processes > 1 or self.deepspeed is not None or self.fsdp
 
     @property
     def streaming_is_settled(self) -> bool:

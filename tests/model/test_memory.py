@@ -284,7 +284,10 @@ def test_the_alignment_before_training_is_predicted(name: str, fake: FakeTensorM
         target = torch.empty(8, 750, job.shape.d_model, dtype=torch.float16)
         batch = alignment._Batch(batch_of(job)[0]["input_features"].to(encoder.conv1.weight.dtype), target)
         with LiveBytes(*model.parameters(), batch.features, batch.target) as live:
-            autocast(job, alignment._difference)(encoder, batch).backward()
+            parts = alignment._differences(
+                encoder, batch, 8, lambda: torch.autocast("cpu", dtype=DTYPES[job.precision])
+            )
+            next(parts).backward()
     trained = list(trained_tensors(job))
     gradients = 4 * sum(tensor.elements for tensor in trained)
     (predicted,) = (m for m in training_moments(job, trained, gradients) if m.name == "alignment")

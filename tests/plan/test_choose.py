@@ -207,3 +207,15 @@ def test_features_are_kept_where_preparing_them_would_hold_up_the_gpu(changes: d
     recordings = made_up(changes.get("hours", 20.0), 5.0)
     chosen, reason = feature_cache(config(**settings), card(24), recordings, 80, **given)
     assert chosen == kept and reason
+
+
+def test_several_processes_share_the_effective_batch_the_measuring_and_what_zero_divides() -> None:
+    alone, eight = (plan(24, 60, 10.0, nproc=n, model_name_or_path="medium", finetuning="lora") for n in (1, 8))
+    assert alone.effective_batch == eight.effective_batch == 16
+    assert value(eight, "per_device_train_batch_size") * value(eight, "gradient_accumulation_steps") == 2
+    assert eight.steps == alone.steps and eight.duration.evaluation < alone.duration.evaluation
+    assert eight.duration.training < alone.duration.training
+    given = {"nproc": 8, "finetuning": "full", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    needed = [plan(80, 60, 10.0, **given, **how).needed for how in ({}, {"deepspeed": "zero1"}, {"deepspeed": "zero3"})]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == 3
+    assert plan(80, 60, 10.0, **given, fsdp=True).needed == needed[2]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from resonance.config import TrainConfig, alignment_steps
+from resonance.config import ZERO_STAGES, TrainConfig, alignment_steps
 from resonance.data.audio_context import AudioContext
 from resonance.model.job import TrainingJob
 from resonance.model.sizes import WhisperShape
@@ -70,6 +70,8 @@ def job_for(
         generation_num_beams=config.generation_num_beams,
         generation_tokens=config.generation_max_length,
         aligns=alignment_steps(config) > 0,
+        ranks=config.processes,
+        zero_stage=3 if config.fsdp else ZERO_STAGES.get(config.deepspeed or "", 0),
     )
 
 

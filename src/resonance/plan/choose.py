@@ -72,6 +72,11 @@ class Plan:
     learnt_from: int  # earlier trainings on this machine that corrected memory and time
 
     @property
+    def effective_batch(self) -> int:
+        """Of all processes."""
+        return self.rung.effective_batch * self.config.processes
+
+    @property
     def fits(self) -> bool:
         return self.needed <= self.room
 
@@ -101,7 +106,7 @@ def best_plan(config: TrainConfig, shapes: dict[str, WhisperShape], device: Devi
             plans = [plan for plan in plans_for(name, shapes[name], method, device, recordings, shorten) if plan.fits]
             if not plans:
                 continue
-            plan = min(plans, key=lambda plan: (-plan.rung.effective_batch, plan.duration.total, plan.needed))
+            plan = min(plans, key=lambda plan: (-plan.effective_batch, plan.duration.total, plan.needed))
             too_long = device.kind == "cpu" and plan.duration.total > HOST_SECONDS_LIMIT
             if not (too_long and (name, method) != (last, methods[-1])):
                 return plan
@@ -155,6 +160,7 @@ def open_rungs(config: TrainConfig, recordings: Recordings, device: Device, shor
         quantizations += ["8bit", "4bit"]
     total = EFFECTIVE_BATCH if recordings.hours < LARGE_HOURS else LARGE_EFFECTIVE_BATCH
     total = min(total, 1 << (max(recordings.clips, 1).bit_length() - 1))
+    total = max(1, total // config.processes)  # each computes its share
     batch, times = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if "per_device_train_batch_size" in given:
         batches = [(batch, times if "gradient_accumulation_steps" in given else -(-total // batch))]
@@ -203,7 +209,7 @@ def plan_for(
             memory = predict(job)
             if needed_bytes(memory, device) * past.memory <= room_on(device):
                 break
-    steps = step_count(config, recordings, rung.effective_batch)
+    steps = step_count(config, recordings, rung.effective_batch * config.processes)
     return Plan(
         name,
         shape,
@@ -282,5 +288,5 @@ def duration_of(
     if eval_batch:
         clips = measured_clips(config, recordings)
         once = evaluation_seconds(job.shape, device, clips=clips, batch=eval_batch, positions=positions, tokens=tokens)
-        measured = (once + SAVE_SECONDS) * max(1, round(steps / eval_steps(config, steps)))
+        measured = (once / config.processes + SAVE_SECONDS) * max(1, round(steps / eval_steps(config, steps)))
     return Duration(steps * one, measured, START_SECONDS[device.kind])

@@ -58,7 +58,7 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
         choice(
             "gradient_accumulation_steps",
             rung.gradient_accumulation_steps,
-            batch_reason(rung.effective_batch),
+            batch_reason(plan.effective_batch),
         ),
         choice(
             "gradient_checkpointing",
@@ -70,7 +70,7 @@ def settings_of(plan: Plan, config: TrainConfig) -> dict[str, Reasoned]:
             "max_steps",
             plan.steps,
             _("{clips} recordings, each heard about {times:.0f} times").format(
-                clips=recordings.clips, times=plan.steps * rung.effective_batch / recordings.clips
+                clips=recordings.clips, times=plan.steps * plan.effective_batch / recordings.clips
             ),
         ),
         choice("dataloader_num_workers", workers(config, device), _("prepare audio while the model computes")),
@@ -144,13 +144,13 @@ def features_of(plan: Plan, config: TrainConfig) -> tuple[str, str]:
         return config.feature_cache, _("as you gave it")
     if config.streaming or stream_reason(config):
         return "none", _("the data is streamed")
-    learnt = plan.steps * plan.rung.effective_batch
+    learnt = plan.steps * plan.rung.effective_batch  # by each process, with workers of its own
     return feature_cache(
         config,
         plan.device,
         plan.recordings,
         plan.shape.num_mel_bins,
-        passes=learnt / plan.recordings.clips,
+        passes=plan.steps * plan.effective_batch / plan.recordings.clips,
         clips_per_second=learnt / plan.duration.training,
         workers=workers(config, plan.device),
     )

@@ -74,7 +74,9 @@ def facts(plan: Plan) -> str:
                 held_out=recordings.held_out,
             ),
             _("Device: {name}, {free:.1f} of {memory:.1f} GiB free").format(
-                name=device.name, free=device.free / GIBIBYTE, memory=device.memory / GIBIBYTE
+                name=f"{plan.config.processes} x {device.name}" if plan.config.processes > 1 else device.name,
+                free=device.free / GIBIBYTE,
+                memory=device.memory / GIBIBYTE,
             ),
             "",
         ]

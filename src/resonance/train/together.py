@@ -39,6 +39,11 @@ CONTACT = (
 )
 
 
+# The process group, to the end of the process. DDP's reducer would else destroy it while it holds the interpreter's lock and
+# joins gloo's thread, which may be waiting for that lock to free its last tensors: one stop in four hung (torch 2.13).
+_KEPT: list[Any] = []
+
+
 @contextlib.contextmanager
 def joined(config: TrainConfig) -> Iterator[Ranks]:
     """Meet the other processes of this training, if there are any; leave them at the end.
@@ -67,6 +72,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
                 reason=_first_line(error),
             )
         ) from error
+    _KEPT.append(distributed.group.WORLD)
     try:
         yield mine
     except RuntimeError as error:
