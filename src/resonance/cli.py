@@ -143,21 +143,24 @@ def overview() -> str:
 
 def train(argv: list[str]) -> int:
     mine = ranks()
-    if mine.world > 1:  # DeepSpeed's launcher adds a flag of its own
+    if mine.launched:  # DeepSpeed's launcher adds a flag of its own
         argv = [flag for flag in argv if not flag.startswith(("--local_rank=", "--local-rank="))]
-    config = parse(TrainConfig, with_saved_settings(argv), "resonance train")
-    console = plain_console()
-    if config.in_processes and not mine.launched:
-        from resonance.launch.processes import run_processes
-
-        return run_processes(config, argv, console)
     if mine.restarts:
         if Path(os.environ.get(FAILURE_FILE, "")).is_file():  # of the attempt before
             return int(Path(os.environ[FAILURE_FILE]).read_text(encoding="utf-8"))
-        config = config.model_copy(update={"resume": True})
-        if mine.main:
-            text = _("A process has ended: started again ({count} of {most}), from the last checkpoint.")
-            console.print(text.format(count=mine.restarts, most=config.max_restarts), style="yellow", soft_wrap=True)
+        argv = [*argv, "--resume"]
+    config = parse(TrainConfig, with_saved_settings(argv), "resonance train")
+    console = plain_console()
+    # One task of srun on each machine may still have processes to start.
+    by_slurm_alone = mine.launched and "RANK" not in os.environ
+    starts = by_slurm_alone and config.processes > 1 and mine.world != config.processes
+    if config.in_processes and (starts or not mine.launched):
+        from resonance.launch.processes import run_processes
+
+        return run_processes(config, argv, console)
+    if mine.restarts and mine.main:
+        text = _("A process has ended: started again ({count} of {most}), from the last checkpoint.")
+        console.print(text.format(count=mine.restarts, most=config.max_restarts), style="yellow", soft_wrap=True)
     from resonance.finetune import finetune
     from resonance.model.runs import RunFolder
 

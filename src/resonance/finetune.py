@@ -42,8 +42,10 @@ def finetune(config: TrainConfig, console: Console) -> Path:
     with together.joined(config) as mine:
         if not mine.main:
             console = Console(quiet=True)
-        if config.auto and not runs.RunFolder(config.output_dir).config.is_file():  # a run that has begun has its plan
-            config = together.by_main(mine, lambda: planned(config, console))
+        begun = together.by_main(mine, lambda: runs.RunFolder(config.output_dir).config.is_file())
+        if config.auto and not begun:  # a run that has begun has its plan
+            plan = together.by_main(mine, lambda: planned(config, console))
+            config = plan.model_copy(update={name: getattr(config, name) for name in together.PATHS})
         with together.claim(config.output_dir, resume=config.resume, mine=mine) as (run, mine):
             return train_until_it_fits(config, run, mine, console)
 
@@ -53,12 +55,15 @@ def train_until_it_fits(config: TrainConfig, run: runs.RunFolder, mine: Ranks, c
     with together.agreeing(mine):
         if mine.writes:
             resume.check_checkpoints(run, console)
+    together.go_back_to_common(run, mine)
+    config = ladder.resumed(config, run, mine)
     with together.agreeing(mine):
-        config = ladder.resumed(config, run)
         resume.check_settings(config, run, mine.world)
-        if run.result and resume.nothing_left(config, run):
-            console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
-            return run.result
+    done = together.by_main(mine, lambda: run.result if resume.nothing_left(config, run) else None)
+    if done:
+        console.print(_("All steps of this training are done: there is nothing to continue."), soft_wrap=True)
+        return done
+    with together.agreeing(mine):
         rows = read_rows(config, console, run.clips)
         resume.check_rows(rows, run)
     with together.agreeing(mine):
@@ -125,7 +130,10 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
     name = "adapter" if info.kind == "lora" else "model"
     with quiet_libraries():
         weights = trainer.gathered_weights()
-        return together.by_main(mine, lambda: save_result(run.path / name, whisper, trainer.model, info, weights))
+        with together.agreeing(mine):
+            if mine.writes:
+                save_result(run.path / name, whisper, trainer.model, info, weights)
+    return run.path / name
 
 
 def record(config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:

@@ -376,3 +376,11 @@ def test_validation_and_model_channels_are_used(
     info = read_info(inside.root / "model")
     assert (info.data["train_rows"], info.data["eval_rows"]) == (12, 4)
     assert info.base_model == str(inside.root / "input/data/model")
+
+
+def test_each_of_several_machines_keeps_its_checkpoints_apart_because_all_are_mirrored_to_one_place() -> None:
+    names = ("algo-1", "algo-2")
+    hosts = [Folders.of({"SM_HOSTS": json.dumps(names), "SM_CURRENT_HOST": name}).checkpoints for name in names]
+    assert [folder.name for folder in hosts] == list(names)
+    alone = {"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-1"}
+    assert Folders.of(alone).checkpoints == Folders.of({}).checkpoints == hosts[0].parent

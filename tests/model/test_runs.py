@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from resonance.errors import RunFolderError
-from resonance.model.checkpoints import COMPLETE_FILE, mark_complete, set_aside_damaged
+from resonance.model.checkpoints import COMPLETE_FILE, complete_steps, mark_complete, rotate, set_aside_damaged
 from resonance.model.runs import RunFolder, claim, containing, read_events
 
 HOLD = """
@@ -166,3 +166,16 @@ def test_a_run_is_found_from_its_folder_and_from_its_result(tmp_path: Path) -> N
     (tmp_path / "adapter").mkdir()
     assert containing(tmp_path) == containing(tmp_path / "adapter") == RunFolder(tmp_path)
     assert containing(tmp_path / "adapter" / "deeper") is None
+
+
+def test_old_checkpoints_are_deleted_and_torn_ones_never_count(tmp_path: Path) -> None:
+    for step in (20, 60, 80, 85):
+        checkpoint(tmp_path, step)
+    torn = checkpoint(tmp_path, 100, complete=False)  # left by a kill, from before the run went back to 80
+    folders = tmp_path / "checkpoints"
+    rotate(folders, 2, [folders / "checkpoint-85", folders / "checkpoint-20"])  # the newest and the best
+    assert complete_steps(folders) == [20, 85] and torn.is_dir()
+    rotate(folders, 1, [folders / "checkpoint-85"])
+    assert complete_steps(folders) == [85]
+    rotate(folders, None, [])
+    assert complete_steps(folders) == [85]

@@ -139,9 +139,13 @@ def assert_same(one: Training, other: Training, tolerance: float) -> None:
     assert one.losses() == pytest.approx(other.losses(), abs=tolerance)
     for left, right in zip(one.scores(), other.scores(), strict=True):
         assert left == pytest.approx(right, abs=tolerance)
-    left_weights, right_weights = one.weights(), other.weights()
-    for name, weight in left_weights.items():
-        torch.testing.assert_close(weight, right_weights[name], rtol=0, atol=tolerance, msg=name)
+    assert_same_weights(one, other, tolerance)
+
+
+def assert_same_weights(one: Training, other: Training, tolerance: float) -> None:
+    other_weights = other.weights()
+    for name, weight in one.weights().items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=tolerance, msg=name)
 
 
 def test_two_processes_train_and_measure_as_one(train: Callable[..., Training], whole: Training) -> None:
@@ -291,6 +295,18 @@ def test_two_machines_meet_and_train_as_one(
     assert_same(whole, both[0], TOLERANCE)
     assert both[0].said().count("The result is in") == 1 and "Traceback" not in both[0].said()
     assert all(one.checkpoint(6) for one in both)  # each machine can go on from what it sees
+    if own_disks:  # the second was stopped before its last checkpoint was whole: both go back to the one before
+        (both[1].out / "checkpoints" / "checkpoint-6" / "complete.json").unlink()
+        for one in both:
+            (one.out / "adapter").rename(one.out / "before")
+        both = [
+            train(name, *meeting, f"--node_rank={i}", "--resume", on=host)
+            for i, (name, host) in enumerate(zip(names, hosts, strict=True))
+        ]
+        assert [one.end() for one in both] == [0, 0], both[0].said() + both[1].said()
+        assert "step 5/6" in both[0].said().rpartition("Recordings:")[2]
+        for one in both:
+            assert_same_weights(whole, one, TOLERANCE)
 
 
 @pytest.mark.parametrize(

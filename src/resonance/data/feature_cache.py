@@ -87,7 +87,7 @@ class FeatureCache:
         return Features(values, int(samples[0]))
 
     def _write(self, file: Path, features: Features) -> None:
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part = file.with_name(f"{file.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(file.parent).free < LEFT_FREE:

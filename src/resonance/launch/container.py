@@ -51,13 +51,23 @@ class Folders:
             model=Path(environment.get("SM_MODEL_DIR", "/opt/ml/model")),
             output=output,
             output_data=Path(environment.get("SM_OUTPUT_DATA_DIR", output / "data")),
-            checkpoints=Path(environment.get("SM_CHECKPOINT_DIR", "/opt/ml/checkpoints")),
+            checkpoints=Path(environment.get("SM_CHECKPOINT_DIR", "/opt/ml/checkpoints")) / _own(environment),
         )
 
     @classmethod
     def of_a_job(cls, channels: Sequence[str]) -> Folders:
         """The folders in the container of a job with these channels."""
         return replace(cls.of({}), channels={name: Path("/opt/ml/input/data") / name for name in channels})
+
+
+def _own(environment: Mapping[str, str]) -> str:
+    """A folder for each of several machines: all are mirrored to one place in S3, where equal names would overwrite each
+    other, and every machine gets all of it back after an interruption."""
+    try:
+        hosts = json.loads(environment.get("SM_HOSTS", "[]"))
+    except ValueError:
+        return ""
+    return environment.get("SM_CURRENT_HOST", "") if isinstance(hosts, list) and len(hosts) > 1 else ""
 
 
 def train_in_container(

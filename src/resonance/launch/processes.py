@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from resonance.config import TrainConfig
@@ -54,12 +54,22 @@ def run_processes(config: TrainConfig, arguments: Sequence[str], console: Consol
                 return int(failure.read_text(encoding="utf-8"))
             raise ResonanceError(_what_failed(failed, config)) from None
         except (RendezvousError, OSError, RuntimeError) as error:
+            if failure.exists():  # the machines parted because of it
+                return int(failure.read_text(encoding="utf-8"))
             raise LostContactError(
                 _("The machines could not meet at {address}: {reason}").format(
-                    address=config.rdzv or "127.0.0.1", reason=str(error).strip().splitlines()[0]
+                    address=config.rdzv or "127.0.0.1", reason=_reason(error)
                 )
             ) from error
     return 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RendezvousTimeoutError):
+        return _(
+            "not all have come within {minutes} minutes. Start the command on each of them, and check firewalls."
+        ).format(minutes=MEETING_SECONDS // 60)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _launch_config(config: TrainConfig) -> LaunchConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +46,40 @@ def processes_of(checkpoint: Path) -> int:
         return max(1, len([*checkpoint.glob("rng_state_*.pth")]))
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    folders = (f for f in checkpoints.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit())
+    return sorted(int(f.name.removeprefix("checkpoint-")) for f in folders if is_complete(f))
+
+
+def rotate(checkpoints: Path, keep: int | None, protected: Iterable[Path]) -> None:
+    """Delete the oldest complete checkpoints beyond `keep`, never those in `protected`. (transformers counts folders that a
+    kill has left half-written too, and deletes whole ones in their place.)"""
+    if keep is None:
+        return
+    folders = [checkpoints / f"checkpoint-{step}" for step in complete_steps(checkpoints)]
+    spared = {folder.name for folder in protected}
+    too_many = len(folders) - keep
+    for folder in [folder for folder in folders if folder.name not in spared][: max(too_many, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Make it no longer complete; nothing of it is deleted."""
+    (checkpoint / COMPLETE_FILE).replace(checkpoint / DAMAGED_FILE)
+
+
 def set_aside_damaged(checkpoints: Path) -> Iterator[tuple[Path, str]]:
     """Take from the complete checkpoints, the newest first, those with a changed file, up to the first sound one.
 
     Yields each with the name of the file. They are no longer complete then, and are kept.
     """
-    newest_first = sorted(
-        (
-            f
-            for f in checkpoints.glob("checkpoint-*")
-            if f.name.removeprefix("checkpoint-").isdigit() and is_complete(f)
-        ),
-        key=lambda folder: int(folder.name.removeprefix("checkpoint-")),
-        reverse=True,
-    )
-    for folder in newest_first:
+    for step in reversed(complete_steps(checkpoints)):
+        folder = checkpoints / f"checkpoint-{step}"
         file = changed_file(folder)
         if file is None:
             return
-        (folder / COMPLETE_FILE).replace(folder / DAMAGED_FILE)
+        set_aside(folder)
         yield folder, file
 
 

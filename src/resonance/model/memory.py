@@ -230,7 +230,7 @@ def _alignment(job: TrainingJob) -> Moment:
     kept, heard = kept_for_backward(alone), job.per_device_train_batch_size * job.positions
     d, frames = job.shape.d_model, FRAMES_PER_SECOND * job.shape.num_mel_bins * job.residual
     held = int(ALIGNED_SECONDS * (2 * POSITIONS_PER_SECOND * d + frames))
-    working = max(backward_working(alone, "encoder", heard), 3 * 4 * heard * d)
+    working = max(backward_working(alone, "encoder", heard), 4 * 4 * heard * d)
     return Moment("alignment", 0, kept.encoder + kept.front, 0, working + held)
 
 

@@ -96,8 +96,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def claim(path: Path, *, resume: bool) -> Iterator[RunFolder]:
-    """Create or enter the run folder, which no other process can claim until the block ends.
+def claim(path: Path, *, resume: bool, patience: float = 0) -> Iterator[RunFolder]:
+    """Create or enter the run folder, which no other process can claim until the block ends. Waits `patience` seconds for
+    one that has.
 
     Raises RunFolderError when it cannot be written, another process trains into it, it holds a run and `resume` is not
     set, or there is nothing to resume. Nothing in it is ever deleted.
@@ -115,7 +116,7 @@ def claim(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         ) from error
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise RunFolderError(
             _("Another training is writing to {path}. Wait for it, or choose another --output_dir.").format(path=path)

@@ -201,13 +201,14 @@ def plan_for(
     job = job_for(config, shape, rung, precision, recordings.longest_label)
     past = calibration.factors_for(device, job)
     eval_batch = config.per_device_eval_batch_size
+    room = room_on(device) // (config.nproc if device.kind == "cpu" else 1)  # processes have GPUs of their own
     memory = predict(job)
     if evaluates:
         sizes = [eval_batch] if "per_device_eval_batch_size" in config.model_fields_set else [8, 4, 2, 1]
         for eval_batch in sizes:
             job = replace(job, per_device_eval_batch_size=eval_batch)
             memory = predict(job)
-            if needed_bytes(memory, device) * past.memory <= room_on(device):
+            if needed_bytes(memory, device) * past.memory <= room:
                 break
     steps = step_count(config, recordings, rung.effective_batch * config.processes)
     return Plan(
@@ -221,7 +222,7 @@ def plan_for(
         job,
         memory,
         int(needed_bytes(memory, device) * past.memory),
-        room_on(device),
+        room,
         duration_of(job, config, device, recordings, steps, eval_batch if evaluates else 0, context).scaled(past.time),
         steps,
         eval_steps(config, steps) if evaluates else 0,

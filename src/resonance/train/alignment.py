@@ -146,9 +146,8 @@ def _differences(
     encoder: Any, batch: _Batch, at_once: int, autocast: Callable[[], torch.autocast]
 ) -> Iterator[torch.Tensor]:
     """The difference of a batch in parts that add up to it, `at_once` clips each."""
-    target = batch.target.float()
-    scale = target.numel() * target.var()
-    for features, wanted in zip(torch.split(batch.features, at_once), torch.split(target, at_once), strict=True):
+    scale = batch.target.numel() * batch.target.float().var()
+    for features, target in zip(torch.split(batch.features, at_once), torch.split(batch.target, at_once), strict=True):
         with autocast():
             hidden = encoder(features).last_hidden_state.float()
-        yield torch.nn.functional.mse_loss(hidden, wanted, reduction="sum") / scale
+        yield torch.nn.functional.mse_loss(hidden, target.float(), reduction="sum") / scale

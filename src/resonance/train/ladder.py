@@ -32,7 +32,8 @@ from resonance.model.precision import training_precision
 from resonance.model.rungs import Rung, below, job_for, rung_of
 from resonance.model.runs import RunFolder
 from resonance.model.sizes import PUBLISHED, USUAL, WhisperShape
-from resonance.train import progress, resume
+from resonance.ranks import Ranks
+from resonance.train import progress, resume, together
 from resonance.train.rows import Rows
 from resonance.train.trainer import WhisperTrainer
 from resonance.units import GIBIBYTE
@@ -53,6 +54,7 @@ CHANGED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "quantization"),
     *("max_audio_len", "per_device_eval_batch_size"),
 )
+SHRINKING = ("per_device_train_batch_size", "max_audio_len", "per_device_eval_batch_size")
 LEFT_OUT = 0.1  # share of the recordings that shorter audio may cost
 
 
@@ -271,11 +273,17 @@ class Ladder:
         return " ".join(lines)
 
 
-def resumed(config: TrainConfig, run: RunFolder) -> TrainConfig:
-    """`config` with the settings that an earlier part of the run came down to, whatever the command line repeats."""
-    if not config.resume or not (run.path / FITTED_FILE).is_file():
+def resumed(config: TrainConfig, run: RunFolder, mine: Ranks) -> TrainConfig:
+    """`config` with the settings that an earlier part of the run came down to, whatever the command line repeats.
+
+    Of several processes the one whose memory ran out has written them, perhaps on a disk that the others do not see.
+    """
+    file = run.path / FITTED_FILE
+    found = json.loads(file.read_text(encoding="utf-8")) if config.resume and file.is_file() else None
+    known = [fitted for fitted in together.gathered(mine, found) if fitted]
+    if not known:
         return config
-    fitted = json.loads((run.path / FITTED_FILE).read_text(encoding="utf-8"))
+    fitted = min(known, key=lambda fitted: [fitted[name] for name in SHRINKING])
     return config.model_copy(update={name: fitted[name] for name in CHANGED if name in fitted})
 
 

@@ -162,12 +162,17 @@ def finish(trainer: WhisperTrainer, checkpoint: Path) -> None:
     trainer._load_from_checkpoint(str(checkpoint))
     evaluates = trainer.eval_dataset is not None and trainer.args.eval_strategy != "no"
     measured = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
-    if evaluates and not measured:
+    # DeepSpeed and FSDP measure and load through an engine, which only a training has.
+    divided = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if evaluates and not measured and not divided:
         trainer._determine_best_metric(trainer.evaluate(), None)
     best = checkpoint.with_name(f"checkpoint-{trainer.state.best_global_step}")  # the folder may have moved since
     if trainer.args.load_best_model_at_end and best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
-        trainer._load_best_model()
+        if divided:
+            trainer._load_from_checkpoint(str(best))
+        else:
+            trainer._load_best_model()
 
 
 def measure_missed(trainer: WhisperTrainer, checkpoint: Path) -> None:
@@ -175,7 +180,7 @@ def measure_missed(trainer: WhisperTrainer, checkpoint: Path) -> None:
 
     Nothing is written to the checkpoint; the score is carried into the training that goes on from it.
     """
-    if not (checkpoint / UNMEASURED_FILE).is_file():
+    if not (checkpoint / UNMEASURED_FILE).is_file() or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return
     trainer.state = _state(checkpoint)
     trainer._load_from_checkpoint(str(checkpoint))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from resonance.config import TrainConfig
+from resonance.config import TrainConfig, effective_batch
 from resonance.data.addresses import base_name, is_address
 from resonance.data.choice import Choice
 from resonance.data.convert import MEDIA_SUFFIX
@@ -27,6 +27,7 @@ from resonance.data.textfile import write_text_atomic
 from resonance.errors import ConfigError, DataError
 from resonance.messages import _
 from resonance.model.runs import RunFolder
+from resonance.ranks import ranks
 from resonance.units import ALIGNED_SECONDS
 
 HELD_OUT = 500  # recordings measured on, where max_eval_samples does not say: more take longer than they tell
@@ -107,7 +108,7 @@ def steps_missing(config: TrainConfig, rows: int | None) -> str:
     text = _("streaming needs max_steps: a stream is read for as many updates as you say.") + " "
     if rows is None:
         return text + _("Give --max_steps, for example {steps}.").format(steps=1024)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch = effective_batch(config, max(ranks().world, config.processes))
     return text + _(
         "Give --max_steps {steps}: {passes} passes through {rows} recordings with {batch} in each update."
     ).format(steps=max(1, -(-PASSES * rows // batch)), passes=PASSES, rows=rows, batch=batch)
@@ -255,7 +256,7 @@ def _kept(sample: Sample, clips: Path | None, part: str) -> Utterance:
     path = clips / part / f"{sample.unit:06}-{sample.number:06}{ending}"
     if not path.is_file() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
         temporary.write_bytes(data)
         temporary.replace(path)
     return replace(row, audio=str(path))

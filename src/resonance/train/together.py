@@ -22,11 +22,13 @@ from resonance.config import TrainConfig
 from resonance.errors import ConfigError, ElsewhereError, LostContactError, ResonanceError
 from resonance.messages import _
 from resonance.model import runs
+from resonance.model.checkpoints import complete_steps, set_aside
 from resonance.ranks import Ranks, meeting_point, ranks
 from resonance.train.resume import FREE
 from resonance.train.rows import Rows, fingerprint
 
 T = TypeVar("T")
+LOADERS_SECONDS = 30
 WAIT_SECONDS = 1800  # for another process, as transformers' ddp_timeout, which changes it
 # What torch says where another process is gone or does not answer: gloo, NCCL, the store through which they met.
 CONTACT = (
@@ -57,6 +59,14 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     os.environ |= meeting_point()
     on_gpu = torch.cuda.is_available() and not config.extra.get("use_cpu")
     if on_gpu:
+        if mine.local >= torch.cuda.device_count():
+            raise ConfigError(
+                [
+                    _("{wanted} processes are started on a machine with {count} GPUs. Give --nproc {count}.").format(
+                        wanted=os.environ.get("LOCAL_WORLD_SIZE", mine.local + 1), count=torch.cuda.device_count()
+                    )
+                ]
+            )
         torch.cuda.set_device(mine.local)
     seconds = int(config.extra.get("ddp_timeout", WAIT_SECONDS))
     try:
@@ -150,12 +160,14 @@ def claim(path: Path, *, resume: bool, mine: Ranks) -> Iterator[tuple[runs.RunFo
     Yields the folder, and `mine` with what is now known about that.
     """
     with contextlib.ExitStack() as stack:
-        by_main(mine, lambda: stack.enter_context(runs.claim(path, resume=resume)))
+        # A process that was killed may leave loaders behind for some seconds, which hold the lock with it.
+        patience = LOADERS_SECONDS if mine.restarts else 0
+        by_main(mine, lambda: stack.enter_context(runs.claim(path, resume=resume, patience=patience)))
         run = runs.RunFolder(path)  # each process has its own path for it
         mine = replace(mine, own_disk=not all(gathered(mine, _sees(run, mine))))
         with agreeing(mine):
             if mine.writes and not mine.main:
-                stack.enter_context(runs.claim(path, resume=resume))
+                stack.enter_context(runs.claim(path, resume=resume, patience=patience))
         yield run, mine
 
 
@@ -176,6 +188,19 @@ def _sees(run: runs.RunFolder, mine: Ranks) -> bool:
         wait(mine)
         if mine.main:
             probe.unlink(missing_ok=True)
+
+
+def go_back_to_common(run: runs.RunFolder, mine: Ranks) -> None:
+    """Where machines have disks of their own: set aside the checkpoints newer than the newest that all of them have whole."""
+    if not mine.own_disk:
+        return
+    steps = complete_steps(run.checkpoints)
+    common = set.intersection(*map(set, gathered(mine, steps)))
+    if mine.writes:
+        for step in steps:
+            if step > max(common, default=0):
+                set_aside(run.checkpoints / f"checkpoint-{step}")
+    wait(mine)
 
 
 def check_same(mine: Ranks, config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:
@@ -205,6 +230,14 @@ def check_same(mine: Ranks, config: TrainConfig, rows: Rows, run: runs.RunFolder
         raise ConfigError(["\n".join([head, *lines[:10]])])
 
 
+PATHS = (
+    "output_dir",
+    "train_file",
+    "validation_file",
+    "dataset_dir",
+    "cache_dir",
+    "feature_cache_dir",
+)  # each machine's own
 COMMON = frozenset(
     {
         *("max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "save_steps", "logging_steps"),

@@ -12,16 +12,16 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import rotate_checkpoints
 
 from resonance.data.batches import ClipDataset, InOrderSampler, LengthGroupedSampler
 from resonance.data.tokens import IGNORED_LABEL
 from resonance.data.workers import outliving_signals
 from resonance.errors import DataError, RunFolderError
 from resonance.messages import _
-from resonance.model.checkpoints import PROCESSES_FILE, is_complete, mark_complete
+from resonance.model.checkpoints import PROCESSES_FILE, is_complete, mark_complete, rotate
 from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import write_failure
 from resonance.train.streaming import StreamLoader, Taken
@@ -154,6 +154,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 if self.args.should_save:
                     (folder / PROCESSES_FILE).write_text(str(self.args.world_size), encoding="utf-8")
                     mark_complete(folder)
+                self.accelerator.wait_for_everyone()  # to every process it is complete from here on
         except Exception as error:
             reason = write_failure(error)
             if reason is None:
@@ -166,14 +167,13 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 ).format(step=self.state.global_step, folder=folder.parent, reason=reason)
             ) from error
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.keep_checkpoints,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, self.keep_checkpoints, [folder, *([Path(best)] if best else [])])
 
     def gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights where the processes hold a part each (ZeRO-3, FSDP), else None. To be called by all of them."""
+        if self.model_wrapped is self.model:  # nothing was trained: they lie as they were loaded
+            return None
         if not (self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())):
             return None
         state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
@@ -195,7 +195,9 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
     def save_now(self) -> Path:
         """Write a checkpoint of the current step unless there is a complete one, and return its folder."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not is_complete(folder):
+        complete = [is_complete(folder)]
+        broadcast_object_list(complete)  # saving takes all processes or none
+        if not complete[0]:
             self._save_checkpoint(self.model, None)
         return folder
 
