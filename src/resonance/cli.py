@@ -25,6 +25,7 @@ from resonance.errors import (
     LostContactError,
     ResonanceError,
     SmallerSettingsError,
+    UnreachableError,
 )
 from resonance.messages import _
 from resonance.passthrough import FALSE_WORDS
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Command = Callable[[list[str]], int]
+MAY_PASS = (LostContactError, SmallerSettingsError, UnreachableError)  # started again, a training may get over them
 
 
 def run(argv: list[str]) -> int:
@@ -63,7 +65,7 @@ def report_error(error: ResonanceError) -> int:
     text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
     if mine.main or not isinstance(error, (Interrupted, ElsewhereError)):
         print(text if mine.main else f"[{mine.rank}] {text}", file=sys.stderr)
-    if FAILURE_FILE in os.environ and not isinstance(error, (LostContactError, SmallerSettingsError)):
+    if FAILURE_FILE in os.environ and not isinstance(error, MAY_PASS):
         Path(os.environ[FAILURE_FILE]).write_text(str(error.exit_code), encoding="utf-8")  # it would happen again
     return error.exit_code
 

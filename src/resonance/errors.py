@@ -42,6 +42,10 @@ class ShardError(DataError):
     """A part of streamed data that is missing, damaged or out of reach. The message names it."""
 
 
+class UnreachableError(ShardError):
+    """A network or a server that does not answer now. Tried again later, it may."""
+
+
 class ModelError(ResonanceError):
     """Weights, a tokenizer or a configuration that cannot be loaded."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from resonance.errors import DataError, MissingExtraError, ResonanceError, ShardError
+from resonance.errors import DataError, MissingExtraError, ResonanceError, ShardError, UnreachableError
 from resonance.messages import _
 
 READ_AHEAD_BYTES = 8 << 20  # asked for at once where a file is read from its beginning on
@@ -130,4 +130,5 @@ def _explained(place: str, error: Exception) -> DataError | MissingExtraError:
             _("{place}: not there. Check the spelling, for an address of the bucket too.").format(place=place)
         )
     reason = getattr(error, "strerror", None) or error or kind
-    return ShardError(_("{place}: cannot be read ({reason}).").format(place=place, reason=reason))
+    known = UnreachableError if is_address(place) else ShardError
+    return known(_("{place}: cannot be read ({reason}).").format(place=place, reason=reason))
