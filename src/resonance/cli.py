@@ -65,7 +65,9 @@ def report_error(error: ResonanceError) -> int:
     text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
     if mine.main or not isinstance(error, (Interrupted, ElsewhereError)):
         print(text if mine.main else f"[{mine.rank}] {text}", file=sys.stderr)
-    if FAILURE_FILE in os.environ and not isinstance(error, MAY_PASS):
+    # Who sends a signal to this process knows what comes next: the launcher does so to all before it starts them again.
+    may_pass = isinstance(error, MAY_PASS) or (isinstance(error, Interrupted) and error.here)
+    if FAILURE_FILE in os.environ and not may_pass:
         Path(os.environ[FAILURE_FILE]).write_text(str(error.exit_code), encoding="utf-8")  # it would happen again
     return error.exit_code
 

@@ -87,8 +87,12 @@ class ElsewhereError(ResonanceError):
 
 
 class Interrupted(ResonanceError):  # noqa: N818 - not a fault: somebody asked the command to stop
-    """SIGINT or SIGTERM arrived; what can be saved has been saved. `exit_code` is 128 + the signal's number."""
+    """SIGINT or SIGTERM arrived; what can be saved has been saved. `exit_code` is 128 + the signal's number.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    `here`: in this process, not only in another one of the same training.
+    """
+
+    def __init__(self, message: str, signal_number: int, *, here: bool = True) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+        self.here = here

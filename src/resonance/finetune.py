@@ -263,4 +263,5 @@ def train(trainer: WhisperTrainer, run: runs.RunFolder, shape: WhisperShape, con
                     step=trainer.state.global_step, folder=saved
                 ),
                 stop.agreed or signal.SIGTERM,
+                here=stop.received is not None,
             )

@@ -160,11 +160,12 @@ def test_two_processes_train_and_measure_as_one(train: Callable[..., Training], 
 
 def test_a_process_that_is_killed_costs_time_and_nothing_else(train: Callable[..., Training], whole: Training) -> None:
     broken = train("killed", *TWO)
+    broken.rank(1).kill()  # at its very beginning, then in the middle
     broken.until(lambda: broken.checkpoint(2))
     broken.rank(1).kill()
     assert broken.end() == 0, broken.said()
     assert_same(whole, broken, 0.0)
-    assert "started again (1 of 3)" in broken.said() and "Traceback" not in broken.said()
+    assert "started again (2 of 3)" in broken.said() and "Traceback" not in broken.said()
 
 
 def test_a_signal_to_the_launcher_ends_with_a_checkpoint_and_the_run_goes_on(
