@@ -63,7 +63,9 @@ def report_error(error: ResonanceError) -> int:
     """Say it and return the exit code. Of several processes, the one that has the error says it."""
     mine = ranks()
     text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
-    if mine.main or not isinstance(error, (Interrupted, ElsewhereError)):
+    silent = isinstance(error, ElsewhereError) or (isinstance(error, Interrupted) and not mine.main)
+    # Before anything is trained the launcher has more to say about a signal: whether it starts all again.
+    if not silent and not (FAILURE_FILE in os.environ and text == _("Stopped.")):
         print(text if mine.main else f"[{mine.rank}] {text}", file=sys.stderr)
     # Who sends a signal to this process knows what comes next: the launcher does so to all before it starts them again.
     may_pass = isinstance(error, MAY_PASS) or (isinstance(error, Interrupted) and error.here)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -108,7 +109,9 @@ def _lost_contact(error: BaseException | None) -> BaseException | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What torch says, without the place in its source and its advice."""
+    line = str(error).strip().partition("\n")[0].partition(". This is typically")[0]
+    return re.sub(r"\[/\S+\] ", "", line) or type(error).__name__
 
 
 @contextlib.contextmanager
