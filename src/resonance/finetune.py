@@ -108,9 +108,8 @@ def train_once(config: TrainConfig, rows: Rows, run: runs.RunFolder, mine: Ranks
     with together.agreeing(mine):
         trainer = build.build_trainer(config, run, rows, whisper, model, tokenizer, context, only, mine)
         if trainer.stream:
-            trainer.stream.restore(
-                run.latest_checkpoint()
-            )  # refused, where it cannot go on, before anything is written
+            # Refused, where it cannot go on, before anything is written.
+            trainer.stream.restore(run.latest_checkpoint())
     announce(config, rows, only, model, trainer, console)
     if mine.writes:
         record(config, rows, run)

@@ -28,17 +28,8 @@ UNMEASURED_FILE = "unmeasured"  # in a checkpoint: a signal stopped the measurin
 # its own settings do not describe. Where recordings lie may change; `check_rows` sees whether they are the same ones.
 FREE = frozenset(
     {
-        *(
-            "output_dir",
-            "auto",
-            "resume",
-            "cache_dir",
-            "feature_cache_dir",
-            "train_file",
-            "validation_file",
-            "dataset_dir",
-            "json_file",
-        ),
+        *("output_dir", "auto", "resume", "cache_dir", "feature_cache_dir"),
+        *("train_file", "validation_file", "dataset_dir", "json_file"),
         *("max_steps", "num_train_epochs", "early_stopping_patience", "load_best_model_at_end"),
         *("eval_strategy", "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
         *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is compared

@@ -120,28 +120,26 @@ def agreeing(mine: Ranks) -> Iterator[None]:
 
     The others raise ElsewhereError, which says nothing.
     """
+    if mine.world == 1:
+        yield
+        return
     error: ResonanceError | None = None
     try:
         yield
     except ResonanceError as caught:
-        if mine.world == 1:
-            raise
         error = caught
-    if mine.world == 1:
-        return
-    texts: list[str | None] = gathered(mine, str(error) if error else None)
-    codes: list[int] = gathered(mine, error.exit_code if error else 0)
-    code = max(codes)
+    found = gathered(mine, (str(error), error.exit_code) if error else None)  # by rank
+    code = max((had[1] for had in found if had), default=0)
     if not code:
         return
     if not mine.main:
         raise ElsewhereError(code)
-    if error is not None and len(set(texts)) == 1:
+    if error is not None and len(set(found)) == 1:
         raise error
     lines = []
-    for text in dict.fromkeys(text for text in texts if text):
-        having = [str(rank) for rank, other in enumerate(texts) if other == text]
-        lines.append(_("process {ranks}: {message}").format(ranks=", ".join(having), message=text))
+    for had in dict.fromkeys(had for had in found if had):
+        having = [str(rank) for rank, other in enumerate(found) if other == had]
+        lines.append(_("process {ranks}: {message}").format(ranks=", ".join(having), message=had[0]))
     combined = ResonanceError("\n".join(lines))
     combined.exit_code = code
     raise combined
@@ -209,6 +207,8 @@ def go_back_to_common(run: runs.RunFolder, mine: Ranks) -> None:
 def check_same(mine: Ranks, config: TrainConfig, rows: Rows, run: runs.RunFolder) -> None:
     """Raise ConfigError where processes have other settings, recordings or versions than the main one: nothing good would
     come of training together."""
+    if mine.world == 1:  # the fingerprints of many recordings take a while
+        return
     latest = run.latest_checkpoint()
     facts: dict[str, Any] = {
         name: value for name, value in config.model_dump(mode="json").items() if name not in FREE or name in COMMON
