@@ -148,6 +148,10 @@ def assert_same_weights(one: Training, other: Training, tolerance: float) -> Non
         torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=tolerance, msg=name)
 
 
+def python_path(first: Path) -> str:
+    return os.pathsep.join([str(first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def test_two_processes_train_and_measure_as_one(train: Callable[..., Training], whole: Training) -> None:
     alone = train("alone", "--per_device_train_batch_size=4")
     assert alone.end() == 0, alone.said()
@@ -168,16 +172,32 @@ def test_a_process_that_is_killed_costs_time_and_nothing_else(train: Callable[..
     assert "started again (2 of 3)" in broken.said() and "Traceback" not in broken.said()
 
 
+@pytest.mark.parametrize("method", ["training_step", "prediction_step"])
 def test_a_signal_to_the_launcher_ends_with_a_checkpoint_and_the_run_goes_on(
-    train: Callable[..., Training], whole: Training
+    train: Callable[..., Training], whole: Training, tmp_path: Path, method: str
 ) -> None:
-    stopped = train("stopped", *TWO)
-    stopped.until(lambda: stopped.checkpoint(2))
-    stopped.process.send_signal(signal.SIGTERM)
+    """Also one that comes while the processes measure: they measure again first, and then still learn from each other."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, time
+if os.environ.get("RANK") == "1":
+    from resonance.train.trainer import WhisperTrainer
+    real = WhisperTrainer.{method}
+    def step(self, *given, **named):
+        if self.state.global_step == 2 and not getattr(self, "signalled", False):
+            self.signalled = True
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)  # until the launcher has passed it on
+        return real(self, *given, **named)
+    WhisperTrainer.{method} = step
+"""
+    )
+    stopped = train(method, *TWO, PYTHONPATH=python_path(tmp_path))
     assert stopped.end() == 143, stopped.said()
-    assert re.search(r"Stopped at step \d\. .* is saved; continue with --resume", stopped.said())
+    step = {"training_step": 3, "prediction_step": 2}[method]
+    assert re.search(rf"Stopped at step {step}\. .* is saved; continue with --resume", stopped.said())
     assert "Traceback" not in stopped.said() and not RunFolder(stopped.out).result
-    again = train("stopped", *TWO, "--resume")
+    again = train(method, *TWO, "--resume")
     assert again.end() == 0, again.said()
     assert_same(whole, again, 0.0)
 
@@ -199,8 +219,7 @@ if os.environ.get("RANK") == "1":
     WhisperTrainer.training_step = step
 """
     )
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    small = train("small", *TWO, PYTHONPATH=path)
+    small = train("small", *TWO, PYTHONPATH=python_path(tmp_path))
     assert small.end() == 0, small.said()
     assert_same(whole, small, TOLERANCE)
     fitted = json.loads((small.out / "fitted.json").read_text())

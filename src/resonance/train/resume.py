@@ -175,7 +175,7 @@ def measure_missed(trainer: WhisperTrainer, checkpoint: Path) -> None:
         return
     trainer.state = _state(checkpoint)
     trainer._load_from_checkpoint(str(checkpoint))
-    trainer._determine_best_metric(trainer.evaluate(), None)
+    trainer._determine_best_metric(trainer.evaluate_before_training(), None)
     trainer.callback_handler.callbacks.insert(0, _CarriedOver(trainer.state))  # early stopping counts what it brings
 
 

@@ -133,6 +133,16 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self.evaluating = False
         return metrics
 
+    def evaluate_before_training(self) -> dict[str, float]:
+        """`evaluate`, and the model as it was before. accelerate (1.15) marks what it prepares for an evaluation as
+        prepared: trained after that, it is not wrapped in DDP, and each process learns from its own recordings alone.
+        """
+        metrics = self.evaluate()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # gives back the forward of full precision
+        self.accelerator.free_memory()
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state.global_step))
