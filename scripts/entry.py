@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from resonance.cli import run
+from resonance.cli import leave, run
 from resonance.errors import ConfigError
 from resonance.launch.container import Folders, hyperparameters, read_flags, train_in_container
 
@@ -45,4 +45,4 @@ def defaults(argv: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from resonance.cli import report_error, run
+from resonance.cli import leave, report_error, run
 from resonance.config import TrainConfig
 from resonance.config_io import parse
 from resonance.data.formats import load_manifest
@@ -69,4 +69,4 @@ def count_steps(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    from resonance.cli import run
+    from resonance.cli import leave, run
 
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

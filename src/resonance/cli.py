@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from resonance import __version__
 from resonance.config import CurveConfig, TrainConfig
@@ -57,6 +58,21 @@ def run(argv: list[str]) -> int:
         # Python flushes stdout once more when it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code.
+
+    One of several does without the rest of Python's clean-up. A thread of gloo may be freeing a tensor just then, which
+    takes the interpreter's lock; Python ends such a thread, and C++ the process with SIGABRT (torch 2.13, rarely).
+    """
+    if not ranks().launched:
+        sys.exit(code)
+    atexit._run_exitfuncs()  # of W&B, of loaders
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def report_error(error: ResonanceError) -> int:
