@@ -82,11 +82,14 @@ def _alternatives(annotation: Any, bounds: tuple[Any, ...]) -> Iterator[tuple[An
 def _in_words(kind: Any, bounds: tuple[Any, ...]) -> str:
     if get_origin(kind) is Literal:
         return _("one of {choices}").format(choices=", ".join(get_args(kind)))
-    if get_origin(kind) is list and (inner := next(_alternatives(get_args(kind)[0], ())))[0] is int:
+    inner = next(_alternatives(get_args(kind)[0], ())) if get_origin(kind) is list else (None, ())
+    if inner[0] is int:
         words = _("whole numbers separated by commas")
         return f"{words} ({limits})" if (limits := _limits(inner[1])) else words
     if ADDRESS in bounds:
         return _("an address such as s3://bucket/folder")
+    if get_origin(inner[0]) is Literal:
+        return _("one or several of {choices}, separated by commas").format(choices=", ".join(get_args(inner[0])))
     names = {
         bool: _("true or false"),
         int: _("a whole number"),

@@ -97,7 +97,8 @@ AudioContext = Literal["auto", "full"] | WindowSeconds
 HuggingFaceChoice = Annotated[str, AfterValidator(_hugging_face_choice)]
 MemorySize = Annotated[str, AfterValidator(_memory_size)]
 TargetModules = Annotated[list[str], Field(min_length=1), AfterValidator(_modules)]
-ReturnTimestamps = Annotated[bool, BeforeValidator(_segment_times)]
+ReturnTimestamps = Annotated[bool | Literal["word"], BeforeValidator(_segment_times)]
+OutputFormat = Literal["txt", "srt", "vtt", "tsv", "json", "jsonl"]
 
 
 @dataclass(frozen=True)
