@@ -28,6 +28,7 @@ class DecodeSettings:
     temperatures: tuple[float, ...] = (0.0,)  # the next one where a text is repetitive or improbable
     compression_ratio_threshold: float = 2.4  # a text that gzip makes smaller than this many times is repetitive
     log_prob_threshold: float = -1.0  # mean over the tokens, below which a text is improbable
+    max_new_tokens: int | None = None  # at most so many for one clip; None: as many as can be said in its time
     prompt: str | None = None  # what was said before
     phrases: PhraseHelp | None = None  # what this person says
 
