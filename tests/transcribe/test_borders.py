@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from resonance.data.audio import write_wav
+from resonance.errors import ModelError
 from resonance.transcribe.files import LongAudio, Span, transcribe_files
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
 from resonance.units import SAMPLE_RATE
@@ -25,6 +26,7 @@ class ToneReader:
     best_clip_seconds: float = 30.0
     personal: bool = False
     name: str = "tones"
+    writes_times: bool = True
     prompts: list[str | None] = field(default_factory=list)
 
     def transcribe(self, clips: Sequence[np.ndarray], settings: DecodeSettings) -> list[Transcript]:
@@ -36,7 +38,9 @@ class ToneReader:
         segments = tuple(TimedText(start / SAMPLE_RATE, end / SAMPLE_RATE, f"w{n}") for n, start, end in found)
         cut_off = bool(found) and found[-1][2] > len(clip) - SAMPLE_RATE // 50 and len(found) > 1
         text = " ".join(segment.text for segment in segments)
-        return Transcript(text, "en", segments, complete_until=segments[-1].start if cut_off else None)
+        return Transcript(
+            text, "en", segments, timed=self.writes_times, complete_until=segments[-1].start if cut_off else None
+        )
 
 
 def tones(clip: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -92,10 +96,11 @@ def test_what_was_said_is_told_to_the_model_only_where_asked(
     reader = ToneReader()
     long_audio = LongAudio(mode="sequential", condition_on_previous_text=conditioned)
     list(transcribe_files(reader, [Span(path)], DecodeSettings(), batch_size=4, long_audio=long_audio))
-    assert reader.prompts[0] is None and len(reader.prompts) > 5
-    assert all(bool(prompt) == conditioned for prompt in reader.prompts[1:])
+    prompts = reader.prompts[1:]  # after a look at whether the model writes times
+    assert prompts[0] is None and len(prompts) > 5
+    assert all(bool(prompt) == conditioned for prompt in prompts[1:])
     if conditioned:
-        assert str(reader.prompts[2]).startswith("w0 w1")
+        assert str(prompts[2]).startswith("w0 w1")
 
 
 def test_a_damaged_tail_keeps_what_was_heard_in_sequence(joined: tuple[Path, list[TimedText]]) -> None:
@@ -106,3 +111,30 @@ def test_a_damaged_tail_keeps_what_was_heard_in_sequence(joined: tuple[Path, lis
         ToneReader(), [Span(path)], DecodeSettings(), batch_size=4, long_audio=LongAudio(mode="sequential")
     )
     assert result.error and len(result.segments) > len(said) // 3
+
+
+@pytest.mark.parametrize(("personal", "writes_times", "in_sequence"), [(1, 1, False), (0, 1, True), (0, 0, False)])
+def test_by_itself_a_stock_model_that_writes_times_decodes_in_sequence(
+    personal: bool, writes_times: bool, in_sequence: bool, joined: tuple[Path, list[TimedText]], tmp_path: Path
+) -> None:
+    path, said = joined
+    write_wav(tmp_path / "short.wav", np.zeros(SAMPLE_RATE, np.float32))
+    reader = ToneReader(personal=bool(personal), writes_times=bool(writes_times))
+    spans = [Span(tmp_path / "short.wav"), Span(path), Span(tmp_path / "missing.wav"), Span(tmp_path / "short.wav")]
+    long_audio = LongAudio(mode="auto", condition_on_previous_text=True)
+    results = list(transcribe_files(reader, spans, DecodeSettings(), batch_size=4, long_audio=long_audio))
+    assert any(reader.prompts) == in_sequence
+    assert [len(result.segments) for result in results] == [0, len(said), 0, 0] and results[2].error
+
+
+def test_a_model_without_times_cannot_decode_in_sequence_and_says_so(joined: tuple[Path, list[TimedText]]) -> None:
+    with pytest.raises(ModelError, match="--longform sequential"):
+        list(
+            transcribe_files(
+                ToneReader(writes_times=False),
+                [Span(joined[0])],
+                DecodeSettings(),
+                batch_size=4,
+                long_audio=LongAudio(mode="sequential"),
+            )
+        )
