@@ -34,8 +34,8 @@ from resonance.messages import _
 from resonance.model import adapters, runs
 from resonance.progress_bar import progress_bar
 from resonance.transcribe.files import Span, transcribe_files
-from resonance.transcribe.output import check_writable
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
+from resonance.transcribe.sinks import check_writable
 from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import SAMPLE_RATE
 
@@ -213,7 +213,11 @@ def texts(
     """Transcripts of rows, in their order."""
     spans = [Span(Path(row.audio), row.start, row.end) for row in rows]
     with progress_bar(console, name, len(rows)) as advance:
-        results = list(transcribe_files(recognizer, spans, settings, batch_size=batch_size, done=advance))
+        results = list(
+            transcribe_files(
+                recognizer, spans, settings, batch_size=batch_size, progress=lambda files, _seconds: advance(files)
+            )
+        )
     failed = [
         _("row {row}: {error}").format(row=row.row, error=result.error)
         for row, result in zip(rows, results, strict=True)

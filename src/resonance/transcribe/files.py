@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,42 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from resonance.data.audio import probe, read_audio
-from resonance.data.convert import MEDIA_SUFFIX
-from resonance.data.textfile import lines, read_text
-from resonance.errors import AudioError, DataError
-from resonance.messages import _
+from resonance.errors import AudioError
 from resonance.transcribe.longform import windows
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, TimedText, Transcript
+from resonance.transcribe.result import FileResult
 from resonance.units import SAMPLE_RATE
 
 # Files decoded together, so that clips of like length meet in a batch: at most so many batches' worth, and 230 MB.
 POOL_BATCHES = 16
 POOL_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class FileResult:
-    """One audio file's transcript, or why there is none."""
-
-    audio_path: str
-    text: str
-    language: str | None
-    duration: float  # seconds
-    segments: tuple[TimedText, ...]
-    error: str | None
-    coarse: bool = False  # the model gave no times: segments are as long as what it was given at once
-
-    def as_row(self, timestamps: bool) -> dict[str, object]:
-        """The row of the JSON output."""
-        row: dict[str, object] = {"audio_path": self.audio_path}
-        if self.error is not None:
-            return row | {"error": self.error}
-        row |= {"text": self.text, "language": self.language, "duration": round(self.duration, 3)}
-        if timestamps:
-            row["segments"] = [
-                {"start": round(s.start, 2), "end": round(s.end, 2), "text": s.text} for s in self.segments
-            ]
-        return row
 
 
 class Span(NamedTuple):
@@ -67,71 +39,24 @@ class Piece:
     audio: np.ndarray
 
 
-def list_audio(audio_path: Path | None, audio_list: Path | None) -> list[Path]:
-    """The files to transcribe: one, all recordings below a folder, or those a list names.
-
-    A list is a text file with a path a line, or a JSON list of paths or of rows with `audio_path`; its relative paths are
-    taken from the list's folder, else from the current one. Raises DataError when there is nothing to do.
-    """
-    if audio_path is not None:
-        if not audio_path.exists():
-            raise DataError(_("{path}: no such file or folder. Check the name.").format(path=audio_path))
-        if not audio_path.is_dir():
-            return [audio_path]
-        found = sorted(p for p in audio_path.rglob("*") if p.is_file() and MEDIA_SUFFIX.fullmatch(p.suffix))
-        if not found:
-            raise DataError(_("{path}: no audio files in this folder.").format(path=audio_path))
-        return found
-    assert audio_list is not None  # the configuration asks for one of the two
-    names = _listed(audio_list)
-    if not names:
-        raise DataError(_("{path}: the list is empty.").format(path=audio_list))
-    beside = [audio_list.parent / name for name in names]
-    return [path if path.exists() else Path(name) for path, name in zip(beside, names, strict=True)]
-
-
-def _listed(audio_list: Path) -> list[str]:
-    text = read_text(audio_list)
-    if not text.lstrip().startswith(("[", "{")):
-        return [line.strip() for line in lines(text) if line.strip()]
-    try:
-        rows = json.loads(text)
-        names = [row if isinstance(row, str) else (row.get("audio_path") or row["audio"]) for row in rows]
-    except json.JSONDecodeError as error:
-        raise DataError(
-            _("{path}: line {line}, column {column}: not valid JSON ({reason}). Correct it and run again.").format(
-                path=audio_list, line=error.lineno, column=error.colno, reason=error.msg
-            )
-        ) from error
-    except (AttributeError, KeyError, TypeError):
-        names = [None]
-    if isinstance(rows, dict) or not all(isinstance(name, str) for name in names):
-        raise DataError(
-            _(
-                '{path}: not a list of recordings. Write one path a line, or JSON: ["a.wav", "b.wav"] or '
-                '[{{"audio_path": "a.wav"}}].'
-            ).format(path=audio_list)
-        )
-    return names
-
-
 def transcribe_files(
     recognizer: Recognizer,
     spans: Sequence[Span],
     settings: DecodeSettings,
     *,
     batch_size: int,
-    done: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int, float], None] = lambda files, seconds: None,
 ) -> Iterator[FileResult]:
     """Results in the order of `spans`. A file that cannot be read gets a result with `error` and stops no other.
 
-    `done` is called with the number of files finished since the last call.
+    `progress` is called with the files finished and the seconds of audio decoded since the last call.
     """
     with ThreadPoolExecutor(max_workers=2) as threads:
         for pool in _pools(spans, POOL_BATCHES * batch_size):
             audios = list(threads.map(_read, pool))
-            yield from _transcribe_pool(recognizer, pool, audios, settings, batch_size)
-            done(len(pool))
+            results = list(_transcribe_pool(recognizer, pool, audios, settings, batch_size))
+            progress(len(pool), sum(result.duration for result in results))
+            yield from results
 
 
 def _pools(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
@@ -199,8 +124,7 @@ def _joined(path: str, duration: float, parts: Sequence[tuple[Piece, Transcript]
     text = texts[0] if texts else ""
     for following in texts[1:]:
         text += following if _unspaced(text[-1]) and _unspaced(following[0]) else f" {following}"
-    coarse = any(transcript.text and not transcript.segments for _piece, transcript in parts)
-    return FileResult(path, text, parts[0][1].language, duration, tuple(segments), None, coarse)
+    return FileResult(path, text, parts[0][1].language, duration, tuple(segments), None)
 
 
 def _unspaced(character: str) -> bool:

@@ -135,9 +135,10 @@ class TorchRecognizer:
                 None,
                 settings.task or (self.info.task if self.info else "transcribe"),
             )
-            prompts = [tokenizer.prompt(language, timestamps=settings.timestamps) for language in languages]
-            timed = settings.timestamps and writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
-            if settings.timestamps and not timed:
+            asked = settings.times != "none"
+            prompts = [tokenizer.prompt(language, timestamps=asked) for language in languages]
+            timed = asked and writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
+            if asked and not timed:
                 prompts = [tokenizer.prompt(language) for language in languages]
             sequences = _generate(model, hidden, prompts, settings.num_beams, timed, None)
         return [
