@@ -1,8 +1,7 @@
-"""Which files are transcribed, and how windows and batches become one answer per file."""
+"""How windows and batches become one answer per file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from resonance.errors import DataError
 from resonance.transcribe import files
-from resonance.transcribe.files import FileResult, Span, list_audio, transcribe_files
+from resonance.transcribe.files import Span, transcribe_files
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
+from resonance.transcribe.result import FileResult
 from resonance.units import SAMPLE_RATE
 
 
@@ -32,7 +31,7 @@ class LengthTeller:
         assert max(lengths) <= self.max_clip_seconds
         self.batches.append(lengths)
         answers = [self.texts.pop(0) if self.texts else f"{seconds:.2f}" for seconds in lengths]
-        if not settings.timestamps:
+        if settings.times == "none":
             return [Transcript(text, "en") for text in answers]
         return [
             Transcript(text, "en", (TimedText(0.0, seconds / 2, text), TimedText(seconds / 2, seconds, "")))
@@ -49,61 +48,8 @@ def write(path: Path, seconds: float) -> Path:
 def answers(
     recognizer: LengthTeller, spans: list[Span], timestamps: bool = False, batch_size: int = 2
 ) -> list[FileResult]:
-    settings = DecodeSettings(timestamps=timestamps)
+    settings = DecodeSettings(times="segment" if timestamps else "none")
     return list(transcribe_files(recognizer, spans, settings, batch_size=batch_size))
-
-
-def test_a_folder_gives_its_recordings_in_order_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("b/2.wav", "b/10.M4A", "a.flac", "notes.txt", "labels.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_audio(tmp_path, None) == [tmp_path / name for name in ("a.flac", "b/10.M4A", "b/2.wav")]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "one.wav\n\n  sub/我想 喝水.wav  \nmissing.wav\n",
-        "\ufeffone.wav\r\nsub/我想 喝水.wav\r\nmissing.wav",
-        '["one.wav", "sub/我想 喝水.wav", "missing.wav"]',
-        '[{"audio_path": "one.wav"}, {"audio": "sub/我想 喝水.wav", "text": "x"}, "missing.wav"]',
-    ],
-    ids=["text", "Windows", "JSON", "JSON rows"],
-)
-def test_a_list_is_read_beside_itself_in_its_order(content: str, tmp_path: Path) -> None:
-    folder = tmp_path / "lists"
-    write(folder / "one.wav", 0.1), write(folder / "sub" / "我想 喝水.wav", 0.1)
-    (folder / "list").write_text(content, encoding="utf-8", newline="")
-    found = list_audio(None, folder / "list")
-    assert found == [folder / "one.wav", folder / "sub" / "我想 喝水.wav", Path("missing.wav")]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "empty"),
-        ("[]", "empty"),
-        ('["a.wav",\n oops]', "line 2, column 2"),
-        ("[1, 2]", "not a list of recordings"),
-        ('[{"audio_path": 5}]', "not a list of recordings"),
-        ('[{"file": "a.wav"}]', "not a list of recordings"),
-        ('{"a.wav": "text"}', "not a list of recordings"),
-        ("gbk: 我".encode("gbk"), "UTF-8"),
-    ],
-)
-def test_a_list_that_is_none_is_refused_with_its_name(content: str | bytes, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "list"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as caught:
-        list_audio(None, path)
-    assert str(path) in str(caught.value) and words in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["missing.wav", "empty folder"])
-def test_a_place_without_recordings_is_refused_before_a_model_is_loaded(name: str, tmp_path: Path) -> None:
-    (tmp_path / "empty folder").mkdir()
-    with pytest.raises(DataError, match=name):
-        list_audio(tmp_path / name, None)
 
 
 def test_clips_of_like_length_share_a_batch_and_answers_keep_the_order_of_the_files(tmp_path: Path) -> None:
@@ -151,19 +97,3 @@ def test_hours_of_long_files_are_not_decoded_at_once(tmp_path: Path, monkeypatch
     teller = LengthTeller()
     assert len(answers(teller, spans, batch_size=8)) == 7
     assert [len(batch) for batch in teller.batches] == [2, 2, 1, 1, 1]
-
-
-def test_json_rows_say_what_was_found_or_what_went_wrong() -> None:
-    result = FileResult("a.wav", "hello", "en", 1.23456, (TimedText(0.0, 1.23456, "hello"),), None)
-    assert result.as_row(timestamps=False) == {
-        "audio_path": "a.wav",
-        "text": "hello",
-        "language": "en",
-        "duration": 1.235,
-    }
-    assert result.as_row(timestamps=True)["segments"] == [{"start": 0.0, "end": 1.23, "text": "hello"}]
-    bad = FileResult("b.wav", "", None, 0.0, (), "b.wav: no such file")
-    assert json.loads(json.dumps(bad.as_row(timestamps=True))) == {
-        "audio_path": "b.wav",
-        "error": "b.wav: no such file",
-    }

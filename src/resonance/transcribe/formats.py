@@ -54,7 +54,7 @@ def _txt(rows: Iterable[Row], several: bool) -> Iterator[str]:
         if "text" not in row:
             continue
         name = f"{printable(row['audio_path'])}\t" if several else ""
-        texts = [segment["text"] for segment in row["segments"]] if "segments" in row else [row["text"]]
+        texts = [segment["text"] for segment in row.get("segments", ())] or [row["text"]]
         yield from (f"{name}{_one_line(text)}\n" for text in texts)
 
 

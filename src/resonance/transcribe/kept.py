@@ -35,12 +35,13 @@ class Kept:
         self.mine = mine
         self._stem = stem
         self._record_path = stem.with_name(f".{stem.name.lstrip('.')}.settings.json")
-        self._lock = FileLock(stem.with_name(f".{stem.name.lstrip('.')}.lock"))
         own = stem.with_name(f"{stem.name}.rank{mine.rank}-of-{mine.world}.jsonl")
         if mine.world == 1:
             own = lasting or self.part
         self._journal = Journal(own)
         self._running = FileLock(own.with_name(f".{own.name.lstrip('.')}.running"))
+        # Alone, the lock that keeps other commands away is enough.
+        self._lock = FileLock(stem.with_name(f".{stem.name.lstrip('.')}.lock")) if mine.world > 1 else self._running
         self._digest = digest_of_list(recordings)
         self._failed = 0
 
@@ -70,6 +71,12 @@ class Kept:
             raise DataError(
                 _("Another process is writing to {path}. Wait for it, or choose another place.").format(path=self.place)
             ) from None
+        except OSError as error:  # a name that is too long with our ending, a disk without locks
+            raise DataError(
+                _("{path}: cannot be written ({reason}). Choose another folder or free some space.").format(
+                    path=self._running.lock_file, reason=error.strerror or error
+                )
+            ) from error
         with self._lock:
             if overwrite and not self.mine.restarts:  # torchrun starts the same command again
                 self._clear(settings)
@@ -142,7 +149,16 @@ class Kept:
             yield sum(record.done.values())
             record.finished = True
             record.save(self._record_path)
+            _remove(self._lock)
 
     def close(self) -> None:
         self._journal.close()
-        self._running.release()
+        if self._running.is_locked:
+            _remove(self._running)
+            self._running.release()
+
+
+def _remove(lock: FileLock) -> None:
+    """While it is held, so that nobody else's goes; who waits for it makes a new one."""
+    with contextlib.suppress(OSError):  # Windows keeps files that are open
+        Path(lock.lock_file).unlink()

@@ -74,11 +74,11 @@ class Screen:
         if "text" not in row:
             return
         prefix = f"{printable(row['audio_path'])}\t" if self._several else ""
-        if "segments" in row:
-            for s in row["segments"]:
-                yield f"{prefix}[{s['start']:.2f} - {s['end']:.2f}] {s['text']}\n"
-        else:
+        segments = row.get("segments")
+        if segments is None:
             yield f"{prefix}{row['text']}\n"
+        else:
+            yield from (f"{prefix}[{s['start']:.2f} - {s['end']:.2f}] {s['text']}\n" for s in segments)
 
     def finish(self) -> int:
         if self._form == "json":
