@@ -67,6 +67,7 @@ def transcribe_into(
     """Rows of all recordings, each as it is finished. One that cannot be read is said on stderr and stops no other."""
     from resonance.transcribe.torch_engine import load_recognizer
 
+    use_own_gpu(mine)
     recognizer = load_recognizer(
         config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
     )
@@ -86,3 +87,11 @@ def transcribe_into(
                 progress.say(_("Error: {message}").format(message=result.error))
     finally:
         progress.clear()
+
+
+def use_own_gpu(mine: Ranks) -> None:
+    """Each of several processes on a machine computes on another GPU, as far as there are some."""
+    import torch
+
+    if mine.launched and torch.cuda.is_available():
+        torch.cuda.set_device(mine.local % torch.cuda.device_count())
