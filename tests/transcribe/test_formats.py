@@ -25,17 +25,17 @@ def written(form: OutputFormat, rows: list[Row], several: bool = True) -> str:
 def test_a_row_has_what_was_asked_for() -> None:
     plain = FileResult("a.wav", "hello", "en", 1.23456, (TimedText(0.0, 1.23456, "hello"),), None)
     assert row_of(plain, "none") == {"audio_path": "a.wav", "text": "hello", "language": "en", "duration": 1.235}
-    assert row_of(plain, "segment")["segments"] == [{"start": 0.0, "end": 1.23, "text": "hello"}]
+    assert row_of(plain, "segment")["segments"] == [{"start": 0.0, "end": 1.235, "text": "hello"}]
     assert row_of(RESULT, "none")["confidence"] == 0.5
     assert row_of(RESULT, "word")["segments"] == [
         {
             "start": 0.0,
-            "end": 1.23,
+            "end": 1.235,
             "text": "hello you",
             "confidence": 0.5,
             "words": [
                 {"start": 0.0, "end": 0.5, "word": " hello", "confidence": 0.25},
-                {"start": 0.5, "end": 1.23, "word": " you", "confidence": 1.0},
+                {"start": 0.5, "end": 1.235, "word": " you", "confidence": 1.0},
             ],
         }
     ]
@@ -75,10 +75,10 @@ def test_tables_are_whisper_s_and_hold_a_tab_and_a_line_break_in_a_text() -> Non
     rows = [
         row_of(FileResult("a\tb.wav", "x", "en", 2.0, (TimedText(0.004, 1.5, "one\ttwo\nthree"),), None), "segment")
     ]
-    assert written("tsv", rows, several=False) == "start\tend\ttext\n0\t1500\tone two three\n"
+    assert written("tsv", rows, several=False) == "start\tend\ttext\n4\t1500\tone two three\n"
     assert (
         written("tsv", [*rows, row_of(BAD, "segment")])
-        == "audio_path\tstart\tend\ttext\na\\tb.wav\t0\t1500\tone two three\n"
+        == "audio_path\tstart\tend\ttext\na\\tb.wav\t4\t1500\tone two three\n"
     )
 
 

@@ -103,7 +103,7 @@ def test_what_failed_is_tried_again(opened: Make, tmp_path: Path) -> None:
     assert visible(tmp_path / "out") == ["x.json", "x.jsonl", "x.txt"]
 
 
-@pytest.mark.parametrize(("name", "form"), [("x.json", "json"), ("x.jsonl", "jsonl")])
+@pytest.mark.parametrize(("name", "form"), [("x.json", "json"), ("x.jsonl", "jsonl"), ("x.txt", "txt")])
 def test_recordings_that_came_later_are_added_to_a_finished_file(
     name: str, form: OutputFormat, opened: Make, tmp_path: Path
 ) -> None:
@@ -116,8 +116,11 @@ def test_recordings_that_came_later_are_added_to_a_finished_file(
     for path in sink.left():
         sink.add(row(path))
     sink.finish()
-    # JSON lines grow; a JSON list is what was asked for.
-    assert texts(tmp_path / "out" / name) == (list("abcde") if form == "jsonl" else list("bcde"))
+    # JSON lines grow; another format is what was asked for.
+    if form == "txt":
+        assert (tmp_path / "out" / name).read_text() == "".join(f"{path}\t{path.stem}\n" for path in PATHS[1:])
+    else:
+        assert texts(tmp_path / "out" / name) == (list("abcde") if form == "jsonl" else list("bcde"))
 
 
 def test_a_recording_that_is_named_twice_is_transcribed_once_and_written_twice(opened: Make, tmp_path: Path) -> None:
@@ -267,4 +270,23 @@ def test_overwriting_in_several_processes_keeps_what_the_others_have_just_done(o
     for rank in (0, 1):
         sink = opened("x.json", ["json"], mine=Ranks(rank, 2, launched=True), settings={"task": "x"}, overwrite=True)
         finish(sink, sink.left())
+    assert texts(tmp_path / "out" / "x.json") == list("abcde")
+
+
+def test_a_process_that_is_late_with_its_last_retry_is_merged_too(opened: Make, tmp_path: Path) -> None:
+    """Its mark of the run before counts as long as it has not begun: others may finish without it."""
+    ranks = [Ranks(rank, 2, launched=True) for rank in range(2)]
+    second = opened("x.json", ["json"], mine=ranks[1])
+    second.add(failure(PATHS[1]))
+    second.add(row(PATHS[3]))
+    second.finish()
+    second.close()
+    first = opened("x.json", ["json"], mine=ranks[0])
+    finish(first, first.left())
+    first.close()
+    assert texts(tmp_path / "out" / "x.json") == ["a", "error", "c", "d", "e"]
+    second, first = opened("x.json", ["json"], mine=ranks[1]), opened("x.json", ["json"], mine=ranks[0])
+    assert first.left() == [] and second.left() == [PATHS[1]]
+    first.finish()
+    finish(second, [PATHS[1]])
     assert texts(tmp_path / "out" / "x.json") == list("abcde")

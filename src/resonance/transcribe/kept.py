@@ -46,6 +46,11 @@ class Kept:
         self._failed = 0
 
     @property
+    def rows(self) -> Path:
+        """What a finished output keeps its rows in where it cannot be read itself."""
+        return self._stem.with_name(f".{self._stem.name.lstrip('.')}.rows.jsonl")
+
+    @property
     def shown(self) -> str:
         return printable(str(self.place))
 
@@ -143,7 +148,8 @@ class Kept:
             assert record is not None  # written at the beginning
             record.done[str(self.mine.rank)] = self._failed
             record.save(self._record_path)
-            if len(record.done) < self.mine.world:
+            others_finished = record.finished and not self._journal.path.exists()
+            if len(record.done) < self.mine.world or others_finished:
                 yield None
                 return
             yield sum(record.done.values())

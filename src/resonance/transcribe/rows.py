@@ -34,7 +34,7 @@ def row_of(result: FileResult, times: Times) -> Row:
 
 
 def _span(part: TimedText) -> Row:
-    return {"start": round(part.start, 2), "end": round(part.end, 2), "text": part.text}
+    return {"start": round(part.start, 3), "end": round(part.end, 3), "text": part.text}
 
 
 def _segment(segment: TimedText, times: Times) -> Row:
@@ -44,8 +44,8 @@ def _segment(segment: TimedText, times: Times) -> Row:
     if times == "word":
         row["words"] = [
             {
-                "start": round(word.start, 2),
-                "end": round(word.end, 2),
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
                 "word": word.text,
                 "confidence": _rounded(word.confidence),
             }

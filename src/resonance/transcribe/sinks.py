@@ -121,7 +121,8 @@ class SharedFile(Kept):
 
     def finish(self) -> int:
         if self._whole:
-            print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
+            if self.mine.main:
+                print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
             return 0
         with self.ending() as failed:
             if failed is None:
@@ -153,6 +154,8 @@ class SharedFile(Kept):
             for form, path in self._files.items():
                 several = len(rows) > 1 or form == "json"
                 write_text_atomic(path, render(form, read_rows(rows), several=several, layout=self._layout))
+            if not {"json", "jsonl"} & set(self._files):
+                write_text_atomic(self.rows, render("jsonl", read_rows(rows), several=True, layout=self._layout))
         return sum(entry.failed for entry in rows)
 
     def _put_in_order(self, lasting: Path, entries: dict[str, list[Entry]], rows: Sequence[Entry]) -> None:
@@ -165,8 +168,8 @@ class SharedFile(Kept):
             write_text_atomic(lasting, render("jsonl", read_rows(wanted), several=True, layout=self._layout))
 
     def _reopen(self) -> None:
-        source = self._files.get("jsonl") or self._files.get("json")
-        if self.lasting or source is None or not source.exists() or any(path.exists() for path in self.journals):
+        source = self._files.get("jsonl") or self._files.get("json") or self.rows
+        if self.lasting or not source.exists() or any(path.exists() for path in self.journals):
             return
         text = read_text(source)
         try:
@@ -215,7 +218,8 @@ class Folder(Kept):
 
     def finish(self) -> int:
         if self._whole:
-            print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
+            if self.mine.main:
+                print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
             return 0
         with self.ending() as failed:
             if failed is None:
