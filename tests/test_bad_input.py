@@ -223,8 +223,12 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     command = ["transcribe", "--model_path", "never loaded", "--audio_path", str(audio), "--output_file"]
     assert run([*command, str(out)]) == 1
     assert str(out) in capsys.readouterr().err
-    assert run([*command, str(tmp_path)]) == 1  # a folder
+    assert run([*command, str(tmp_path), "--output_format", "json"]) == 1  # a folder
     assert str(tmp_path) in capsys.readouterr().err
+    command[-1] = "--output_dir"
+    for place in (out, tmp_path / "file"):
+        assert run([*command, str(place)]) == 1
+        assert str(place) in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")

@@ -71,6 +71,20 @@ def test_texts_of_another_model_are_not_taken_for_this_one_s(
     assert transcribe(finished_run, *flags) == 1
 
 
+def test_subtitles_are_laid_out_anew_without_transcribing_again(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    shutil.copy(audio[0], tmp_path / "talk.wav")
+    flags = ("--audio_path", tmp_path / "talk.wav", "--output_file", tmp_path / "talk.srt", "--max_line_length")
+    assert transcribe(finished_run, *flags, 42) == 0
+    first = (tmp_path / "talk.srt").read_text(encoding="utf-8")
+    (tmp_path / "talk.wav").write_bytes(b"gone")
+    assert transcribe(finished_run, *flags, 8) == 0
+    assert (tmp_path / "talk.srt").read_text(encoding="utf-8") != first
+    assert transcribe(finished_run, *flags, 42) == 0
+    assert (tmp_path / "talk.srt").read_text(encoding="utf-8") == first
+
+
 def test_each_recording_has_a_file_in_each_format(
     finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_clip_is_answered_the_same_alone_and_in_a_batch_of_one_context(finishe
 
 
 def test_times_lie_inside_the_clip_and_follow_each_other(tiny_model: Path) -> None:
-    settings = DecodeSettings(language="en", timestamps=True)
+    settings = DecodeSettings(language="en", times="segment")
     (transcript,) = load_recognizer(str(tiny_model)).transcribe([clip(1.0)], settings)
     assert transcript.segments
     times = [time for s in transcript.segments for time in (s.start, s.end)]

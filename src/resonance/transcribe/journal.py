@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from resonance.errors import DataError
 from resonance.messages import _
 from resonance.transcribe.rows import Row, as_json
+
+OPEN_FILES = 200  # a thousand processes have a thousand journals, and systems let a process open as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,12 @@ def best(entries: Iterable[Entry]) -> Entry | None:
 def read_rows(entries: Iterable[Entry]) -> Iterator[Row]:
     """The rows at these places, one at a time."""
     with contextlib.ExitStack() as stack:
-        streams = {}
+        streams: dict[Path, BinaryIO] = {}
         for entry in entries:
             if entry.path not in streams:
+                if len(streams) == OPEN_FILES:
+                    stack.close()
+                    streams.clear()
                 streams[entry.path] = stack.enter_context(entry.path.open("rb"))
             streams[entry.path].seek(entry.offset)
             yield json.loads(streams[entry.path].readline())

@@ -26,10 +26,20 @@ from resonance.transcribe.rows import Row, printable
 class Kept:
     """The rows of the recordings that are finished. `place`: the output, as its user knows it.
 
-    `lasting`: an output that is a journal itself, which rows are appended to.
+    `lasting`: an output that is a journal itself, which rows are appended to. `layout`: how the rows are written in the end;
+    another one needs no other rows.
     """
 
-    def __init__(self, stem: Path, place: Path, mine: Ranks, recordings: Sequence[Path], lasting: Path | None) -> None:
+    def __init__(
+        self,
+        stem: Path,
+        place: Path,
+        mine: Ranks,
+        recordings: Sequence[Path],
+        *,
+        lasting: Path | None = None,
+        layout: str = "",
+    ) -> None:
         self.place = place
         self.lasting = lasting
         self.mine = mine
@@ -42,7 +52,7 @@ class Kept:
         self._running = FileLock(own.with_name(f".{own.name.lstrip('.')}.running"))
         # Alone, the lock that keeps other commands away is enough.
         self._lock = FileLock(stem.with_name(f".{stem.name.lstrip('.')}.lock")) if mine.world > 1 else self._running
-        self._digest = digest_of_list(recordings)
+        self._digest = digest_of_list(recordings, layout)
         self._failed = 0
 
     @property

@@ -11,6 +11,7 @@ from resonance.messages import _
 from resonance.ranks import Ranks, ranks
 from resonance.transcribe.destinations import asked_times, chosen_formats, refuse_many_in_one
 from resonance.transcribe.files import Span, transcribe_files
+from resonance.transcribe.formats import SUBTITLES
 from resonance.transcribe.inputs import list_audio
 from resonance.transcribe.progress import TranscribingProgress
 from resonance.transcribe.recognizer import DecodeSettings, Times
@@ -52,7 +53,8 @@ def open_sink(
         kept = Folder(recordings, config.output_dir, formats, layout, mine)
     else:
         return Screen(recordings, formats[0] if formats else None, layout)
-    kept.claim(settings_of(config, times), overwrite=config.overwrite)
+    laid_out = bool(config.output_dir and set(SUBTITLES) & set(formats))
+    kept.claim(settings_of(config, times, layout=laid_out), overwrite=config.overwrite)
     return kept
 
 

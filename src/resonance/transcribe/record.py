@@ -22,6 +22,7 @@ NOT_IN_TEXTS = {
     *("audio_path", "audio_list", "output_file", "output_dir", "output_format", "overwrite"),
     *("device", "engine", "batch_size", "return_timestamps"),
 }
+LAYOUT = {"max_line_length", "max_line_count", "max_subtitle_seconds"}  # of subtitles, which are made from rows
 TAIL = 1 << 20  # bytes at the end of a file of weights: training changes every layer, and 3 GB take seconds to read
 
 
@@ -47,9 +48,13 @@ def load(path: Path) -> Record | None:
         return None
 
 
-def settings_of(config: TranscribeConfig, times: Times) -> dict[str, Any]:
-    """What decides which texts come out, as JSON. Files are told by their content: a folder may be trained into again."""
-    found = config.model_dump(mode="json", exclude=NOT_IN_TEXTS) | {"return_timestamps": times}
+def settings_of(config: TranscribeConfig, times: Times, *, layout: bool) -> dict[str, Any]:
+    """What decides which texts come out, as JSON; with `layout`, how subtitles are laid out too.
+
+    Files are told by their content: a folder may be trained into again.
+    """
+    left_out = NOT_IN_TEXTS if layout else NOT_IN_TEXTS | LAYOUT
+    found = config.model_dump(mode="json", exclude=left_out) | {"return_timestamps": times}
     for name in ("model_path", "base_model"):
         if found[name]:
             found[name] = {"name": found[name], "content": _model_digest(found[name])}
@@ -77,8 +82,8 @@ def refuse_other_settings(record: Record, now: dict[str, Any], place: Path) -> N
         )
 
 
-def digest_of_list(recordings: Sequence[Path]) -> str:
-    return _digest([str(path).encode("utf-8", "surrogateescape") for path in recordings])
+def digest_of_list(recordings: Sequence[Path], layout: str) -> str:
+    return _digest([layout.encode(), *(str(path).encode("utf-8", "surrogateescape") for path in recordings)])
 
 
 def _identity(value: Any) -> Any:

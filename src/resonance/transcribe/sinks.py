@@ -108,7 +108,7 @@ class SharedFile(Kept):
         self._layout = layout
         self._whole = False
         lasting = self._files["jsonl"] if list(self._files) == ["jsonl"] else None
-        super().__init__(output_file, output_file, mine, recordings, lasting)
+        super().__init__(output_file, output_file, mine, recordings, lasting=lasting, layout=repr(layout))
 
     def claim(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         self._whole = self.begin(settings, list(self._files.values()), overwrite=overwrite)
@@ -191,7 +191,7 @@ class Folder(Kept):
         self._formats = formats
         self._layout = layout
         self._whole = False
-        super().__init__(output_dir / ".resonance-transcribe", output_dir, mine, recordings, None)
+        super().__init__(output_dir / ".resonance-transcribe", output_dir, mine, recordings)
 
     def claim(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         files = [file for name in dict.fromkeys(self._names.values()) for file in self._files(name).values()]
