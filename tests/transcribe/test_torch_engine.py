@@ -120,7 +120,7 @@ def test_a_model_that_forgot_times_is_not_forced_to_invent_them(shared: Path, re
 
     audio = read_audio(shared / "data" / "torgo" / "audio" / "M03_Session2_0009.flac")
     recognizer = load_recognizer(str(real_model))
-    plain, timed = (recognizer.transcribe([audio], DecodeSettings("en", timestamps=t))[0] for t in (False, True))
+    plain, timed = (recognizer.transcribe([audio], DecodeSettings("en", times=t))[0] for t in ("none", "segment"))
     assert plain.text.lower() == "ship"
     assert timed == plain
 
