@@ -65,6 +65,7 @@ def test_texts_of_another_model_are_not_taken_for_this_one_s(
     said = capsys.readouterr().err
     assert "model_path was" in said and str(tiny_model) in said and "--overwrite" in said
     assert (tmp_path / "x.json").read_text() == tuned
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", ".x.json.settings.json"}
     assert transcribe(tiny_model, *flags, "--overwrite") == 0
     capsys.readouterr()
     assert transcribe(tiny_model, *flags) == 0 and "has all 1 texts" in capsys.readouterr().out

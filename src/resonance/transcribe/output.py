@@ -54,7 +54,11 @@ def open_sink(
     else:
         return Screen(recordings, formats[0] if formats else None, layout)
     laid_out = bool(config.output_dir and set(SUBTITLES) & set(formats))
-    kept.claim(settings_of(config, times, layout=laid_out), overwrite=config.overwrite)
+    try:
+        kept.claim(settings_of(config, times, layout=laid_out), overwrite=config.overwrite)
+    except BaseException:
+        kept.close()
+        raise
     return kept
 
 
