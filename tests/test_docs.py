@@ -104,7 +104,7 @@ def test_the_tutorials_have_the_same_commands_in_every_language() -> None:
     def typed(page: str) -> list[list[str]]:
         return [words for words in commands(ROOT / page) if words[0] != "export"]
 
-    for name in ("README", "docs/tutorial", "docs/how-to-sagemaker"):
+    for name in ("README", "docs/tutorial", "docs/how-to-sagemaker", "docs/how-to-transcribe"):
         assert len(typed(f"{name}.md")) >= 7
         for tag in ("zh-CN", "zh-TW"):
             assert typed(f"{name}.{tag}.md") == typed(f"{name}.md")
