@@ -4,8 +4,9 @@
 
 The rows of `--data` with `"dysarthric": true`, speaker by speaker. A speaker's list is their own distinct phrases in that
 file, so every recording is of a phrase on it. Then the recording's own phrase is taken off the list, and anything that is
-answered with `only` is false. Rejecting is measured at several thresholds. The last line is `gain X.XX`, the mean over the
-speakers of the share of recordings understood exactly with `only` and no threshold, over that without the list.
+answered with `only` is false. Rejecting is measured at several thresholds, leaning at several weights. The last line is
+`gain X.XX`: the share of recordings understood exactly with `only` and no threshold, less that without the list, mean over the
+speakers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from resonance.transcribe.torch_engine import load_recognizer
 from resonance.units import HOP_LENGTH
 
 BATCH = 16
-THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# What the search drops for being far behind the phrase that is then taken off the list would not pass these.
+WEIGHTS = (0.25, 0.5, 1.0)
+THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 BEFORE, BEHIND, STEP = 1600, 3200, 3200  # samples of silence around a clip, and what its length is rounded up to
 
 
@@ -56,8 +59,8 @@ def main() -> None:
         show(speaker, speakers[speaker])
     together = measure(everyone, given.language, recognizer.spellings())
     show("all", together)
-    exact = [[s[way]["exact"]["value"] for s in speakers.values()] for way in ("free", "only")]
-    gain = float(np.mean(exact[1]) / np.mean(exact[0])) if np.mean(exact[0]) else float("inf")
+    exact = {way: np.mean([found[way]["exact"]["value"] for found in speakers.values()]) for way in ("free", "only")}
+    gain = float(exact["only"] - exact["free"])
     result = {"settings": machine.settings(given), "speakers": speakers, "all": together, "gain": round(gain, 2)}
     machine.report(result, given.out)
     print(f"gain {gain:.2f}")
@@ -86,9 +89,9 @@ def decode(
         features = log_mel(audio, audio.shape[1] // HOP_LENGTH, recognizer.whisper.n_mels)
         texts = decode_freely(model, features, [prompt] * len(batch)).tolist()
         ids = [[token for token in text if token < end] for text in texts]
-        decoded = time.perf_counter()
         with torch.inference_mode():
             hidden = model.model.encoder(features).last_hidden_state
+        decoded = time.perf_counter()
         means = phrases.mean_log_probs(model, hidden, prompt, ids)
         near = phrases.search(model, hidden, prompt, trie)
         seconds["free"] += decoded - began
@@ -98,15 +101,20 @@ def decode(
             scores = {number: one.mean_log_prob for number, one in found.items()}
             written, true = help.by_key.get(spoken(free)), help.by_key[spoken(text)]
             without = {number: value for number, value in scores.items() if number != true}
-            leaning, nearest = phrases.choose(scores, mean, written, help), phrases.choose(scores, mean, written, only)
-            stray = phrases.choose(without, mean, None if written == true else written, only)
-            pushed = phrases.choose(without, mean, None if written == true else written, help)
+            nearest = phrases.choose(scores, mean, written, only)
+            off_list = None if written == true else written
+            stray = phrases.choose(without, mean, off_list, only)
+            leaning = {}
+            for weight in WEIGHTS:
+                light = replace(help, weight=weight)
+                chosen = phrases.choose(scores, mean, written, light), phrases.choose(without, mean, off_list, light)
+                leaning[weight] = [free if number is None else help.phrases[number] for number, _score in chosen]
             answers.append(
                 {
                     "text": text,
                     "free": free,
-                    "leaning": free if leaning[0] is None else help.phrases[leaning[0]],
-                    "leaning_off_list": free if pushed[0] is None else help.phrases[pushed[0]],
+                    "leaning": leaning[1.0][0],
+                    "by_weight": leaning,
                     "only": "" if nearest[0] is None else help.phrases[nearest[0]],
                     "score": nearest[1],
                     "off_list_score": stray[1],
@@ -120,14 +128,20 @@ def measure(answers: list[dict[str, Any]], language: str, spellings: dict[str, s
     """Accuracy in each way, and what a threshold lets through."""
     ways = ("free", "leaning", "only")
     scores = {way: score([(a["text"], a[way]) for a in answers], language, spellings=spellings) for way in ways}
-    off_list = score([(a["text"], a["leaning_off_list"]) for a in answers], language, spellings=spellings)
     right = [utterance.exact for utterance in scores["only"].utterances]
     found: dict[str, Any] = {"recordings": len(answers), "normalizer": scores["free"].normalizer}
     for way in ways:
         found[way] = {"exact": asdict(scores[way].exact_phrase_accuracy), "wer": asdict(scores[way].wer)}
     for way in ways[1:]:
         found[way]["exact_gain"] = asdict(compare(scores["free"], scores[way]).exact_phrase_accuracy)
-    found["leaning_off_list"] = {"exact": asdict(off_list.exact_phrase_accuracy), "wer": asdict(off_list.wer)}
+    found["weights"] = []
+    for weight in WEIGHTS:
+        on, off = (
+            score([(a["text"], a["by_weight"][weight][i]) for a in answers], language, spellings=spellings)
+            for i in (0, 1)
+        )
+        exact = {"exact": asdict(on.exact_phrase_accuracy), "exact_off_list": asdict(off.exact_phrase_accuracy)}
+        found["weights"].append({"weight": weight, **exact})
     found["rejection"] = [
         {
             "threshold": threshold,
@@ -152,10 +166,11 @@ def show(name: str, found: dict[str, Any]) -> None:
     half = next(row for row in found["rejection"] if row["threshold"] == 0.5)
     print(f"{name:4} {found['recordings']:4} recordings, exact: " + ", ".join(parts), flush=True)
     kinds = ", ".join(f"{kind} {half[kind]['value']:.3f}" for kind in ("right", "wrong", "off_list_accepted"))
-    print(
-        f"     only, at 0.5: {kinds}; leaning, off the list: {found['leaning_off_list']['exact']['value']:.3f}",
-        flush=True,
+    print(f"     only, at 0.5: {kinds}")
+    leaning = (
+        f"{w['weight']:g} {w['exact']['value']:.3f} {w['exact_off_list']['value']:.3f}" for w in found["weights"]
     )
+    print("     weight, exact, exact of what is off the list: " + "; ".join(leaning), flush=True)
 
 
 def padded(clip: np.ndarray) -> np.ndarray:
