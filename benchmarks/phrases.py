@@ -34,7 +34,7 @@ from resonance.units import HOP_LENGTH
 
 BATCH = 16
 # What the search drops for being far behind the phrase that is then taken off the list would not pass these.
-WEIGHTS = (0.25, 0.5, 1.0)
+WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 BEFORE, BEHIND, STEP = 1600, 3200, 3200  # samples of silence around a clip, and what its length is rounded up to
 
