@@ -15,10 +15,9 @@ Samples = npt.NDArray[np.float32]
 
 PAUSE_FRAMES = 7  # of 32 ms: what is judged at once, so that a cut falls into a pause and not into a stop consonant
 QUIET_WEIGHT = 0.2  # how much the loudness, by that of the loudest frame, counts beside the probability of speech
-LEFT_FRAMES = 8  # of a long pause, before what is said next
-AHEAD = SAMPLE_RATE  # samples that are looked at behind the longest window
-SURELY_SILENT = 0.1  # probability of speech below which frames are alike
-AS_QUIET = 0.01  # what a pause may be above the quietest place
+# And how much an early place, which makes more windows of a recording. Measured on TORGO, AISHELL and single words joined with
+# gaps: 0.1 makes a fifth fewer windows of 30 s than 0 and tears as few words; the longest pause in place of the surest tears more.
+EARLY_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     """Consecutive windows that cover audio arriving in blocks; nothing is left out, nothing comes twice.
 
     None is longer than `max_seconds`. Each but the last ends at the place of its second half where speech is least probable
-    and it is quietest. Holds little more than one window and one block in memory.
+    and it is quietest. Holds one window and one block in memory.
     """
     most = int(max_seconds * SAMPLE_RATE)
     listener = Listener()
@@ -51,40 +50,30 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     for block in blocks:
         held = np.concatenate([held, block])
         heard = np.concatenate([heard, listener.hear(block)])
-        while len(held) > most + AHEAD:
-            cut = best_cut(held[: most + AHEAD], heard, most)
+        while len(held) > most:
+            cut = best_cut(held[:most], heard)
             yield window(cut)
             # Probabilities go on at the frame in which the cut lies: at most 32 ms off.
             held, heard, done = held[cut:], heard[round(cut / FRAME) :], done + cut
     heard = np.concatenate([heard, listener.hear(np.zeros(0, np.float32), last=True)])
-    while len(held):
-        cut = len(held) if len(held) <= most else best_cut(held, heard, most)
-        yield window(cut)
-        held, heard, done = held[cut:], heard[round(cut / FRAME) :], done + cut
+    if len(held):
+        yield window(len(held))
 
 
-def best_cut(audio: Samples, speech: npt.NDArray[np.float32], most: int) -> int:
-    """The sample of the second half of the first `most` at which to cut: towards the end of the longest pause that reaches
-    there, so that much of what follows fits into the next window.
+def best_cut(audio: Samples, speech: npt.NDArray[np.float32]) -> int:
+    """The sample of the second half at which to cut.
 
-    audio: float32 [samples], with some more behind, so that the length of a pause at the end is known; speech: probabilities
-    of its frames of 512 samples, or empty: then loudness decides alone.
+    audio: float32 [samples]; speech: probabilities of its frames of 512 samples, or empty: then it is the quietest place.
     """
-    frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME)
-    end = most // FRAME
-    half = end // 2
-    if end - half <= PAUSE_FRAMES:
-        return most
+    first = len(audio) // 2 // FRAME
+    frames = audio[first * FRAME : len(audio) // FRAME * FRAME].reshape(-1, FRAME)
+    if len(frames) <= PAUSE_FRAMES:
+        return len(audio)
     loudness = np.sqrt(np.square(frames, dtype=np.float64).mean(axis=1))
-    cost = QUIET_WEIGHT * loudness / max(loudness.max(), 1e-9)
-    known = np.maximum(speech[: len(frames)] - SURELY_SILENT, 0)
+    cost = loudness / max(loudness.max(), 1e-9)
+    known = speech[first : first + len(frames)]
     if len(known):
-        cost += np.pad(known, (0, len(frames) - len(known)), mode="edge")
-    smooth = np.convolve(cost, np.full(PAUSE_FRAMES, 1 / PAUSE_FRAMES), mode="valid")
-    middle = np.arange(len(smooth)) + PAUSE_FRAMES // 2  # the frame that each value is about
-    allowed = (middle >= half) & (middle < end)
-    pauses = np.split(middle, np.flatnonzero(smooth > smooth[allowed].min() + AS_QUIET))
-    longest = max((pause for pause in pauses if len(pause) and pause[-1] >= half and pause[0] < end), key=len)
-    first, last = int(longest[0]), int(longest[-1])
-    frame = min(max((first + last + 1) // 2, last - LEFT_FRAMES, half), end - 1)
-    return frame * FRAME + FRAME // 2
+        cost = QUIET_WEIGHT * cost + np.pad(known, (0, len(frames) - len(known)), mode="edge")
+    cost += EARLY_WEIGHT * np.linspace(1, 0, len(cost))
+    smooth = np.convolve(cost, np.ones(PAUSE_FRAMES), mode="valid")
+    return (first + int(smooth.argmin()) + PAUSE_FRAMES // 2) * FRAME + FRAME // 2
