@@ -259,6 +259,7 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
         assert heard is not None  # the recording is finished
         duration = window.start + window.seconds
         language = language or heard.language
+        only = heard
         if not heard.text:
             continue
         pieces = heard.segments
@@ -276,7 +277,6 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
             continue
         segments += shifted
         text = joined(text, heard.text)
-        only = heard
     alone = only if len(recording.heard) == 1 else None
     return FileResult(
         str(recording.span.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resonance.config_recognizer import TranscribeConfig
 from resonance.config_types import OutputFormat
@@ -20,6 +21,9 @@ from resonance.transcribe.rows import row_of
 from resonance.transcribe.script import script_converter
 from resonance.transcribe.sinks import Folder, Screen, SharedFile, Sink
 from resonance.transcribe.subtitles import Layout
+
+if TYPE_CHECKING:
+    from resonance.transcribe.phrases import PhraseHelp
 
 
 def transcribe_to_output(config: TranscribeConfig) -> int:
@@ -73,10 +77,6 @@ def transcribe_into(
     """Rows of all recordings, each as it is finished. One that cannot be read is said on stderr and stops no other."""
     from resonance.transcribe.torch_engine import load_recognizer
 
-    use_own_gpu(mine)
-    recognizer = load_recognizer(
-        config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
-    )
     settings = decode_settings(config, times, scores=bool({"json", "jsonl"} & set(formats)))
     long_audio = LongAudio(
         config.longform,
@@ -84,6 +84,10 @@ def transcribe_into(
         config.skip_nonspeech,
         config.no_speech_threshold,
         config.condition_on_previous_text,
+    )
+    use_own_gpu(mine)
+    recognizer = load_recognizer(
+        config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
     )
     in_script = script_converter(config.script)
     progress = TranscribingProgress(recordings, shown=mine.main)
@@ -118,6 +122,18 @@ def decode_settings(config: TranscribeConfig, times: Times, *, scores: bool) -> 
         temperatures=(0.0, *higher),
         compression_ratio_threshold=config.compression_ratio_threshold,
         log_prob_threshold=config.log_prob_threshold,
+        phrases=phrase_help(config),
+    )
+
+
+def phrase_help(config: TranscribeConfig) -> PhraseHelp | None:
+    """What this person says, where a list is given."""
+    if config.phrases is None:
+        return None
+    from resonance.transcribe.phrases import PhraseHelp, read_phrases
+
+    return PhraseHelp(
+        read_phrases(config.phrases), config.phrases_weight, config.phrases_only, config.phrases_threshold
     )
 
 

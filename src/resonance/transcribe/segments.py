@@ -77,6 +77,8 @@ def transcripts(
                 for part in parts[row]
                 if (text := text_of(tokenizer, part.ids))
             ]
+        if len(segments) == 1 and times == "none":
+            segments = [replace(segments[0], text=judged.text)]  # a phrase as its list spells it
         if times == "segment":
             segments = [replace(segment, words=()) for segment in segments]
         answers.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from resonance.model import adapters
 from resonance.model.builtin import folder_of
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
-from resonance.transcribe.decoding import Decoder, encode, generate, unwrap
+from resonance.transcribe import phrases
+from resonance.transcribe.decoding import Decoder, encode, generate, score, unwrap
 from resonance.transcribe.fallback import Decoded, Judged, with_fallback
+from resonance.transcribe.phrases import PhraseChoice
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.transcribe.segments import text_of, transcripts
 from resonance.transcribe.word_times import token_starts
@@ -80,11 +82,18 @@ class TorchRecognizer:
             )
             before = self._previous(settings.prompt)
             prompts = [[*before, *tokenizer.prompt(language)] for language in languages]
-            timed = settings.times != "none" and writes_timestamps(
-                model, hidden, [prompt[:-1] for prompt in prompts], tokenizer.special("<|0.00|>")
+            timed = (
+                settings.times != "none"
+                and not settings.phrases
+                and writes_timestamps(model, hidden, [prompt[:-1] for prompt in prompts], tokenizer.special("<|0.00|>"))
             )
             asked = [prompt[:-1] for prompt in prompts] if timed else prompts
             found = self._decode(model, hidden, asked, settings, timed)
+            chosen: list[PhraseChoice] = []
+            if settings.phrases:
+                written = [(judged.text, judged.decoded.ids) for judged in found]
+                chosen = phrases.apply(model, hidden, languages, written, tokenizer, settings.phrases)
+                found = with_phrases(model, hidden, prompts, found, chosen)
             seconds = [len(clip) / SAMPLE_RATE for clip in clips]
             first = tokenizer.special("<|0.00|>") if settings.times != "none" else None
 
@@ -93,7 +102,15 @@ class TorchRecognizer:
                 lengths = [seconds[row] for row in rows]
                 return token_starts(model, hidden[index], [prompts[row] for row in rows], texts, lengths)
 
-            return transcripts(found, self.whisper.tokenizer, languages, seconds, settings.times, timed, first, starts)
+            answers = transcripts(
+                found, self.whisper.tokenizer, languages, seconds, settings.times, timed, first, starts
+            )
+        if chosen:
+            return [
+                replace(answer, phrase=choice.phrase, phrase_score=choice.score)
+                for answer, choice in zip(answers, chosen, strict=True)
+            ]
+        return answers
 
     def _decode(
         self, model: Any, hidden: torch.Tensor, prompts: list[list[int]], settings: DecodeSettings, timed: bool
@@ -151,6 +168,25 @@ class TorchRecognizer:
                 yield
         finally:
             self.context, self.info = tuned
+
+
+def with_phrases(
+    model: Any,
+    hidden: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    found: Sequence[Judged],
+    chosen: Sequence[PhraseChoice],
+) -> list[Judged]:
+    """What was written freely, with the phrase that was chosen in its place, and the probability that the model gives that."""
+    rows = [row for row, choice in enumerate(chosen) if choice.text != found[row].text]
+    if not rows:
+        return list(found)
+    index = torch.tensor(rows, device=hidden.device)
+    scored = score(model, hidden[index], [prompts[row] for row in rows], [chosen[row].ids for row in rows])
+    answers = list(found)
+    for row, decoded in zip(rows, scored, strict=True):
+        answers[row] = replace(found[row], decoded=decoded, text=chosen[row].text)
+    return answers
 
 
 def writes_timestamps(model: Any, hidden: torch.Tensor, prompts: Sequence[Sequence[int]], first: int) -> bool:
