@@ -27,8 +27,8 @@ from resonance.data.features import log_mel
 from resonance.data.tokens import LabelTokenizer
 from resonance.evaluate.metrics import compare, score, share
 from resonance.transcribe import phrases
+from resonance.transcribe.decoding import decode as decode_freely
 from resonance.transcribe.phrases import PhraseHelp, spoken
-from resonance.transcribe.torch_engine import decode as decode_freely
 from resonance.transcribe.torch_engine import load_recognizer
 from resonance.units import HOP_LENGTH
 

@@ -193,7 +193,8 @@ def test_ten_thousand_phrases_are_read_prepared_and_searched_in_seconds(
 def test_a_dysarthric_speaker_is_understood_better_with_the_list(shared: Path, real_model: Path) -> None:
     from resonance.data.audio import read_audio
     from resonance.data.batches import batch_features
-    from resonance.transcribe.torch_engine import decode, load_recognizer
+    from resonance.transcribe.decoding import decode
+    from resonance.transcribe.torch_engine import load_recognizer
 
     folder = shared / "data" / "torgo"
     rows = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
