@@ -101,7 +101,7 @@ def test_words_of_people_with_dysarthria_are_not_cut_in_the_middle(detector: boo
     cuts = [end for _start, end in covered(np.concatenate(parts), 5.0)][:-1]
     assert len(cuts) >= len(rows) // 4
     torn = [cut for cut in cuts if any(start < cut < end for start, end in inside)]
-    assert len(torn) <= len(cuts) // (10 if detector else 5)
+    assert len(torn) <= len(cuts) // 5
 
 
 def test_hours_are_cut_in_the_memory_of_a_window() -> None:
