@@ -1,0 +1,41 @@
+"""A model for CTranslate2, which faster-whisper and our own ct2 engine run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resonance.errors import MissingExtraError
+from resonance.export.hf import prepare_generation, write_side_files
+from resonance.messages import _
+from resonance.model.load import Whisper
+
+
+def need_ctranslate2() -> None:
+    """Raise MissingExtraError where CTranslate2 is not installed."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        raise MissingExtraError(_('CTranslate2 is not installed: pip install "resonance-asr[ct2]"'))
+
+
+def write_ctranslate2(folder: Path, whisper: Whisper, quantization: str) -> None:
+    """`model.bin`, `config.json` with languages, suppressed tokens and alignment heads, the vocabulary and side files.
+
+    CTranslate2's converter wants a folder with the model; this one takes it from memory.
+    """
+    from ctranslate2.converters.converter import Converter
+    from ctranslate2.converters.transformers import WhisperLoader
+
+    class Loaded(Converter):  # type: ignore[misc]
+        def _load(self) -> Any:
+            with torch.no_grad():
+                return WhisperLoader()(whisper.model, whisper.tokenizer)
+
+    Loaded().convert(str(folder), quantization=quantization, force=True)
+    prepare_generation(whisper.model)
+    whisper.model.generation_config.save_pretrained(str(folder))  # our engine reads language ids there
+    config = (folder / "config.json").read_bytes()
+    write_side_files(folder, whisper)
+    assert (folder / "config.json").read_bytes() == config  # CTranslate2's, not transformers'
