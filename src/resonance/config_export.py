@@ -10,14 +10,14 @@ from resonance.config_checks import Problem
 from resonance.config_types import SETTINGS, AnyPath, Language, Model, Share, Switch, disagreement
 from resonance.messages import _
 
-# The first of each is the default. int8 and q8_0 are a quarter of float32; what that costs is measured at each export.
+# The first of each is the default. int8 and q8_0 take a quarter of float32; what that costs is measured at each export.
 QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "hf": ("float16", "bfloat16", "float32"),
     "ctranslate2": (
         *("int8", "int8_float16", "int8_float32", "int8_bfloat16"),
         *("int16", "float16", "bfloat16", "float32"),
     ),
-    "ggml": ("q8_0", "f16", "f32"),
+    "ggml": ("q8_0", "f16"),
 }
 # Mean share of characters. See `ExportConfig.max_difference`.
 ALLOWED_DIFFERENCE = {"8bit": 0.08, "16bit": 0.02}
@@ -42,7 +42,7 @@ class ExportConfig(BaseModel):
     """Folder for the exported model. Left out, one named as the format in the run folder."""
     quantization: str | None = None
     """Numbers the weights are written as. hf: float16, bfloat16, float32. ctranslate2: int8, int8_float16, int8_float32,
-    int8_bfloat16, int16, float16, bfloat16, float32. ggml: q8_0, f16, f32. Left out, the first of them."""
+    int8_bfloat16, int16, float16, bfloat16, float32. ggml: q8_0, f16. Left out, the first of them."""
     overwrite: bool = False
     """Replace what output_dir holds, once the new export has passed its check."""
 

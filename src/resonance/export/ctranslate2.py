@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def need_ctranslate2() -> None:
     """Raise MissingExtraError where CTranslate2 is not installed."""
     if importlib.util.find_spec("ctranslate2") is None:
         raise MissingExtraError(_('CTranslate2 is not installed: pip install "resonance-asr[ct2]"'))
+
+
+def has_faster_whisper(folder: Path) -> bool:
+    """Whether faster-whisper is here and takes the model: it knows the special tokens of OpenAI's vocabularies only."""
+    if importlib.util.find_spec("faster_whisper") is None:
+        return False
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    tokens = len(json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")))
+    return tokens in (51_864, 51_865, 51_866) and ("lang_to_id" in generation or tokens == 51_864)
 
 
 def write_ctranslate2(folder: Path, whisper: Whisper, quantization: str) -> None:

@@ -10,7 +10,7 @@ Source of the layout: whisper.cpp `models/convert-h5-to-ggml.py`, the loader `wh
     each tensor: int dimensions, int length of its name, int type; ints sizes, the last first; name; values
 
 A tensor is float32 (type 0), float16 (1) or q8_0 (8): blocks of 32 values, each a float16 scale and 32 int8. whisper.cpp
-wants biases, norms and positions in float32 always, and convolutions in float16 unless the file is float32.
+wants biases, norms and positions in float32 and convolutions in float16, whatever the others are.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MAGIC = 0x67676D6C
 F32, F16, Q8_0 = 0, 1, 8
 BLOCK = 32  # values that share a scale in q8_0
 QUANTIZATION_VERSION = 2  # of ggml's blocks; counted in thousands in the type of the file
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7 + 1000 * QUANTIZATION_VERSION}
-BIG_TENSORS = {"f32": F32, "f16": F16, "q8_0": Q8_0}
-FREQUENCIES = 201
+# Not float32: whisper.cpp 1.8 reads such files and stops at the first convolution (GGML_ASSERT in ops.cpp).
+FILE_TYPES = {"f16": 1, "q8_0": 7 + 1000 * QUANTIZATION_VERSION}
+BIG_TENSORS = {"f16": F16, "q8_0": Q8_0}
 # whisper.cpp finds the special tokens by the size of the vocabulary: .en models, those up to v2, large-v3 and turbo.
 VOCABULARIES = (51_864, 51_865, 51_866)
 POSITIONS = ("encoder.positional_embedding", "decoder.positional_embedding")
@@ -151,8 +151,7 @@ def tensor_type(name: str, shape: tuple[int, ...], quantization: str) -> int:
     """How the tensor of this name is written."""
     if len(shape) < 2 or name in POSITIONS or name.endswith("bias"):
         return F32
-    big = BIG_TENSORS[quantization]
-    return F16 if big == Q8_0 and len(shape) > 2 else big
+    return F16 if len(shape) > 2 else BIG_TENSORS[quantization]
 
 
 def pack(values: np.ndarray, kind: int) -> bytes:

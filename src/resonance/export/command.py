@@ -1,0 +1,222 @@
+"""`resonance export`, top to bottom: load, transcribe, merge, write, load again, transcribe, compare, put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+from resonance.config_export import ExportConfig
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import batch_features
+from resonance.data.tokens import LabelTokenizer
+from resonance.errors import ConfigError, ExportError, ModelError
+from resonance.export import ctranslate2, ggml, hf
+from resonance.export.check import Clip, Comparison, choose_clips, faster_whisper_texts, transcribe
+from resonance.export.merge import folder_size, is_tied, merge, parameter_count
+from resonance.export.place import beside, check_place, check_space
+from resonance.export.usage import context_notes, usage
+from resonance.messages import _
+from resonance.model import adapters, exports, runs
+from resonance.model.builtin import folder_of
+from resonance.transcribe.decoding import TOKENS_AT_LEAST, TOKENS_PER_SECOND, encode, unwrap
+from resonance.transcribe.recognizer import DecodeSettings, Recognizer
+from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer, writes_timestamps
+from resonance.units import MEBIBYTE, SAMPLE_RATE, WINDOW_SECONDS
+
+BITS = {"float32": 32, "int16": 16, "f16": 16, "float16": 16, "bfloat16": 16}
+BITS_IN_8 = 10  # scales, and what stays in more bits
+SIDE_FILES = 16 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What the model to export makes of the clips."""
+
+    texts: list[str]
+    languages: list[str | None]
+    texts_at_30_s: list[str]  # where other programs will let the model hear as much
+    writes_timestamps: bool
+    seconds: float  # it took for `texts`
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export came to."""
+
+    folder: Path
+    size: int  # bytes
+    record: exports.Record
+    notes: list[str]  # what is to be known of it
+    commands: list[str]  # that use it
+
+
+def export(config: ExportConfig, console: Console) -> Exported:
+    """Write the model of `config` in the format it asks for, in a folder that appears when it has passed its check.
+
+    Raises ExportError where the texts of the export differ from the original's by more than is allowed, or the format has no
+    room for the model; RunFolderError where the folder is taken or cannot be written.
+    """
+    folder = place_of(config)
+    run = runs.containing(Path(folder_of(config.model_path)).expanduser().resolve())
+    clips, clips_from = choose_clips(config, run)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    say(_("Exporting {model} for {to} in {numbers}").format(model=config.model_path, to=config.to, numbers=config.quantized))
+    source = load_recognizer(config.model_path, base_model=config.base_model, device="cpu")
+    check_space(folder, parameter_count(source.whisper.model) * BITS.get(config.quantized, BITS_IN_8) / 8 + SIDE_FILES)
+    say(_("Check: {count} recordings, {source}").format(count=len(clips), source=clips_from))
+    settings = DecodeSettings(config.language)
+    original = heard(source, clips, settings, config)
+    info, context = source.info, source.context
+    with beside(folder) as temporary:
+        merge(source)
+        file = write(config, temporary, source)
+        if info:
+            hf.write_json(temporary / adapters.INFO_FILE, info.model_copy(update={"kind": "full"}).model_dump(mode="json"))
+        recognizer = load_again(config, temporary, file, source)
+        transcripts, seconds = transcribe(recognizer, clips, settings)
+        own = Comparison(clips, original.texts, [transcript.text for transcript in transcripts])
+        say(own.verdict())
+        at_30_s = in_faster_whisper(config, temporary, clips, original, info)
+        if at_30_s:
+            say(_("In faster-whisper, which hears 30 s: {verdict}").format(verdict=at_30_s.verdict()))
+        for comparison in (own, *([at_30_s] if at_30_s else [])):
+            if comparison.mean > config.allowed_difference:
+                raise failure(comparison, config.allowed_difference)
+        others = replace(at_30_s, original=original.texts).mean if at_30_s else None
+        record = exports.Record(
+            format=config.to,
+            quantization=config.quantized,
+            source=config.model_path,
+            source_fingerprint=exports.source_fingerprint(config.model_path),
+            base_model=info.base_model if info else None,
+            writes_timestamps=original.writes_timestamps,
+            clips=len(clips),
+            difference=round(own.mean, 5),
+            max_difference=config.allowed_difference,
+            difference_in_other_programs=None if others is None else round(others, 5),
+            audio_seconds=round(sum(len(clip.audio) for clip in clips) / SAMPLE_RATE, 2),
+            seconds={"torch": round(original.seconds, 3)}
+            | ({"ct2": round(seconds, 3)} if config.to == "ctranslate2" else {}),
+            versions=versions(config.to),
+            created=adapters.now(),
+        )
+        hf.write_json(temporary / exports.RECORD_FILE, record.model_dump(mode="json"))
+        notes = context_notes(record, info, context)
+        commands = usage(record, info, context, folder / file.relative_to(temporary))
+        (temporary / "README.md").write_text(page(record, notes, commands), encoding="utf-8")
+        size = folder_size(temporary)
+    return Exported(folder, size, record, notes, commands)
+
+
+def place_of(config: ExportConfig) -> Path:
+    """The folder to write, looked at before any work begins. Raises what `export` does, and ConfigError."""
+    if config.to == "ctranslate2":
+        ctranslate2.need_ctranslate2()
+    source = Path(folder_of(config.model_path)).expanduser()
+    record = exports.read_record(source)
+    if record and record.format != "hf":
+        raise ModelError(
+            _("{folder} is itself an export for {format}. It was made from {source}: export that.").format(
+                folder=source, format=record.format, source=record.source
+            )
+        )
+    folder = config.output_dir or exports.default_folder(config.model_path, config.to)
+    if folder is None:
+        raise ConfigError([_("--output_dir is needed: {path} lies in no run folder.").format(path=config.model_path)])
+    check_place(folder, config.overwrite)
+    return folder
+
+
+def heard(source: TorchRecognizer, clips: Sequence[Clip], settings: DecodeSettings, config: ExportConfig) -> Original:
+    """What the original makes of the clips, before it is changed."""
+    transcripts, seconds = transcribe(source, clips, settings)
+    texts, languages = [t.text for t in transcripts], [t.language for t in transcripts]
+    at_30_s = texts
+    if config.to == "ctranslate2" and source.context.length != "full":
+        wide = replace(source, context=AudioContext("full", 0.0, source.context.window_positions))
+        at_30_s = [t.text for t in transcribe(wide, clips, settings)[0]]
+    return Original(texts, languages, at_30_s, gives_times(source, clips[-8:], languages[-8:]), seconds)
+
+
+def gives_times(source: TorchRecognizer, clips: Sequence[Clip], languages: Sequence[str | None]) -> bool:
+    """Whether the model, asked for times, writes them: an engine that cannot look at its first guesses is told so."""
+    task = source.info.task if source.info else "transcribe"
+    tokenizer = LabelTokenizer(source.whisper.tokenizer, source.whisper.multilingual, None, task)
+    prompts = [tokenizer.prompt(language, timestamps=True) for language in languages]
+    most = int(source.max_clip_seconds * SAMPLE_RATE)
+    features = batch_features([clip.audio[:most] for clip in clips], source.context, source.whisper.n_mels)
+    model = unwrap(source.whisper.model)
+    hidden = encode(model, features).detach()
+    return writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
+
+
+def write(config: ExportConfig, folder: Path, source: TorchRecognizer) -> Path:
+    """Write the merged model. Returns what programs are given: the folder, or the one file."""
+    if config.to == "hf":
+        hf.write_hf(folder, source.whisper, config.quantized)
+        return folder
+    if config.to == "ctranslate2":
+        ctranslate2.write_ctranslate2(folder, source.whisper, config.quantized)
+        return folder
+    ggml.check_fits(source.whisper.model, is_tied(source.whisper.model))
+    file = folder / f"ggml-model-{config.quantized}.bin"
+    ggml.write_ggml(file, source.whisper, config.quantized)
+    return file
+
+
+def load_again(config: ExportConfig, folder: Path, file: Path, source: TorchRecognizer) -> Recognizer:
+    """A recogniser with what was written. `source` is of no use afterwards: its memory goes to the export."""
+    if config.to == "ggml":
+        ggml.load_tensors(file, source.whisper.model)
+        return source
+    source.whisper.model.to("meta")
+    if config.to == "hf":
+        return load_recognizer(str(folder), device="cpu")
+    from resonance.transcribe.ct2_engine import load_ct2_recognizer
+
+    return load_ct2_recognizer(str(folder), device="cpu")
+
+
+def in_faster_whisper(
+    config: ExportConfig, folder: Path, clips: Sequence[Clip], original: Original, info: adapters.Info | None
+) -> Comparison | None:
+    """What faster-whisper makes of an export for CTranslate2, beside the original at 30 s. None where it is not installed, or
+    cannot run the model because its vocabulary is none of OpenAI's."""
+    if config.to != "ctranslate2" or not ctranslate2.has_faster_whisper(folder):
+        return None
+    new_tokens = int(WINDOW_SECONDS * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
+    task = info.task if info else "transcribe"
+    texts = faster_whisper_texts(folder, clips, original.languages, task, new_tokens)
+    return Comparison(clips, original.texts_at_30_s, texts)
+
+
+def failure(comparison: Comparison, allowed: float) -> ExportError:
+    """What is told of an export whose texts are not the original's."""
+    lines = [
+        _("The exported model does not understand what the original does: {share:.1%} of the characters differ, {allowed:.1%} are allowed.").format(
+            share=comparison.mean, allowed=allowed
+        ),
+        *(f"  {line}" for line in comparison.worst()),
+        _("Nothing was kept. Try a --quantization with more bits, or allow more with --max_difference."),
+    ]
+    return ExportError("\n".join(lines))
+
+
+def page(record: exports.Record, notes: Sequence[str], commands: Sequence[str]) -> str:
+    """A README for whoever receives the folder."""
+    lines = [f"# {Path(record.source).name} · {record.format} · {record.quantization}", ""]
+    lines += [_("Exported by Resonance from {source}.").format(source=record.source), *notes, ""]
+    return "\n".join([*lines, *(f"    {command}" for command in commands), ""])
+
+
+def versions(to: exports.Format) -> dict[str, str]:
+    """Versions of what shaped the files."""
+    names = ["resonance-asr", "torch", "transformers", *(["ctranslate2"] if to == "ctranslate2" else [])]
+    return {name: metadata.version(name) for name in names}
