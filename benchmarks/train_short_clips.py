@@ -250,7 +250,7 @@ def held_out_loss(model: Any, config: Any, rows: list[Any], length: str) -> floa
     from resonance.data.tokens import LabelTokenizer
     from resonance.model.context import allow_any_audio_context
     from resonance.model.load import load_tokenizer
-    from resonance.transcribe.torch_engine import unwrap
+    from resonance.transcribe.decoding import unwrap
 
     whisper = unwrap(model).eval()
     allow_any_audio_context(whisper)

@@ -182,9 +182,9 @@ def write_recordings(folder: Path, count: int, seconds: tuple[float, float]) -> 
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model never ends its text: 54 tokens for a window of 30 s, not 448, make its tests eight times as fast."""
-    from resonance.transcribe import torch_engine
+    from resonance.transcribe import decoding
 
-    monkeypatch.setattr(torch_engine, "TOKENS_PER_SECOND", 1)
+    monkeypatch.setattr(decoding, "TOKENS_PER_SECOND", 1)
 
 
 def train_command(model: Path, labels: Path, output_dir: Path, *flags: object) -> list[str]:

@@ -46,7 +46,7 @@ from resonance.model.memory import (
 from resonance.model.sizes import PUBLISHED, WhisperShape, shape_from_config
 from resonance.train import alignment
 from resonance.train.trainer import label_token_loss
-from resonance.transcribe.torch_engine import decode, unwrap
+from resonance.transcribe.decoding import decode, unwrap
 from resonance.units import ALIGNED_SECONDS
 
 TINY, SMALL = PUBLISHED["tiny"], PUBLISHED["small"]

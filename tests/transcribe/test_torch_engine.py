@@ -12,8 +12,9 @@ import pytest
 
 from resonance.data.audio_context import AudioContext
 from resonance.errors import ConfigError, ModelError, ResonanceError
+from resonance.transcribe.decoding import unwrap
 from resonance.transcribe.recognizer import DecodeSettings
-from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer, unwrap
+from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import SAMPLE_RATE
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -101,14 +102,16 @@ def test_the_adapter_changes_what_its_base_answers(finished_run: Path) -> None:
 
 def test_a_clip_is_answered_the_same_alone_and_in_a_batch_of_one_context(finished_run: Path) -> None:
     recognizer = load_recognizer(str(finished_run))
-    clips = [clip(0.9, seed=1), clip(0.95, seed=2)]
+    clips = [clip(0.93, seed=1), clip(0.95, seed=2)]
     together = recognizer.transcribe(clips, ENGLISH)
-    assert [recognizer.transcribe([one], ENGLISH)[0] for one in clips] == together
+    alone = [recognizer.transcribe([one], ENGLISH)[0] for one in clips]
+    assert [one.text for one in alone] == [one.text for one in together]
+    assert [one.mean_log_prob for one in alone] == pytest.approx([one.mean_log_prob for one in together], abs=1e-5)
     assert recognizer.transcribe([], ENGLISH) == []
 
 
 def test_times_lie_inside_the_clip_and_follow_each_other(tiny_model: Path) -> None:
-    settings = DecodeSettings(language="en", timestamps=True)
+    settings = DecodeSettings(language="en", times="segment")
     (transcript,) = load_recognizer(str(tiny_model)).transcribe([clip(1.0)], settings)
     assert transcript.segments
     times = [time for s in transcript.segments for time in (s.start, s.end)]
@@ -120,9 +123,44 @@ def test_a_model_that_forgot_times_is_not_forced_to_invent_them(shared: Path, re
 
     audio = read_audio(shared / "data" / "torgo" / "audio" / "M03_Session2_0009.flac")
     recognizer = load_recognizer(str(real_model))
-    plain, timed = (recognizer.transcribe([audio], DecodeSettings("en", timestamps=t))[0] for t in (False, True))
-    assert plain.text.lower() == "ship"
-    assert timed == plain
+    plain, timed = (recognizer.transcribe([audio], DecodeSettings("en", times=t))[0] for t in ("none", "segment"))
+    assert plain.text.lower() == timed.text.lower() == "ship"
+    (segment,) = timed.segments
+    assert segment.text == timed.text and 0 <= segment.start <= segment.end <= len(audio) / SAMPLE_RATE
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_words_join_to_the_text_and_their_times_go_forward_within_the_clip(tiny_model: Path, num_beams: int) -> None:
+    recognizer = load_recognizer(str(tiny_model))
+    clips = [clip(1.0, seed=seed) for seed in range(3)]
+    said = 0
+    for times in ("segment", "word"):
+        found = recognizer.transcribe(clips, DecodeSettings("en", num_beams=num_beams, times=times))
+        for segment in (segment for transcript in found for segment in transcript.segments):
+            said += 1
+            assert segment.confidence is not None and 0 < segment.confidence <= 1
+            assert bool(segment.words) == (times == "word")
+            marks = [segment.start, *(mark for word in segment.words for mark in (word.start, word.end)), segment.end]
+            assert marks == sorted(marks) and marks[0] >= 0 and marks[-1] <= 1.0
+            if segment.words:
+                assert "".join(word.text for word in segment.words).strip() == segment.text
+    assert said
+
+
+def test_what_was_said_before_changes_the_answer_and_is_no_part_of_it(tiny_model: Path) -> None:
+    recognizer = load_recognizer(str(tiny_model))
+    audio = [clip(0.7, seed=5)]
+    plain = recognizer.transcribe(audio, ENGLISH)[0]
+    said = recognizer.transcribe(audio, DecodeSettings("en", prompt="what was said before " * 50))[0]
+    assert said.mean_log_prob != pytest.approx(plain.mean_log_prob, abs=1e-4)
+    assert "said before" not in said.text
+
+
+def test_a_tuned_model_gets_long_recordings_in_pieces_as_long_as_it_knows(finished_run: Path, tmp_path: Path) -> None:
+    known = {"train_rows": 1, "eval_rows": 0, "hours": 1, "fingerprint": "x"}
+    for longest, best in [(1.2, 5.0), (9.0, 9.0), (29.9, 29.4), (None, 29.4)]:
+        folder = adapter_with(finished_run, tmp_path / str(longest), data=known | {"longest_clip_seconds": longest})
+        assert load_recognizer(folder).best_clip_seconds == pytest.approx(best)
 
 
 def test_a_language_is_found_when_none_is_given_and_must_be_known(tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from resonance.data.decoders import Blocks, Name, Samples, Source, open_source
+from resonance.data.decoders import Blocks, Name, Samples, Source, end_missing, open_source
 from resonance.errors import AudioError, DataError
 from resonance.messages import _
 from resonance.units import SAMPLE_RATE
@@ -51,6 +51,8 @@ def read_audio(
     blocks: list[Samples] = []
     total = 0
     with open_source(path, data) as source:
+        if source.cut_off and end is None:
+            raise end_missing(source.path)
         known_end = end if end is not None else source.promised
         if max_seconds is not None and known_end is not None and (known_end - start) * SAMPLE_RATE > limit:
             raise _too_long(source.path, max_seconds)
@@ -78,6 +80,8 @@ def probe(path: str | Path, data: bytes | None = None) -> AudioInfo:
     Where the header states no length (a browser's WebM, MP3 without a length tag), packets are counted: 0.1 ms a second.
     """
     with open_source(path, data) as source:
+        if source.cut_off:
+            raise end_missing(source.path)
         if source.promised is None:
             duration = source.count_seconds()
         else:
@@ -154,6 +158,8 @@ def _checked(source: Source, start: float, end: float | None) -> Blocks:
         raise _bad_span(source.path, start, end, None)
     wanted_end = promised if end is None or promised is None else min(end, promised)
     _refuse_cut_off(source, start + delivered, wanted_end)
+    if source.cut_off and (end is None or end > start + delivered):
+        raise end_missing(source.path)
     if not delivered:
         raise AudioError(_("{path}: holds no sound (0 seconds). Record it again.").format(path=source.path))
 

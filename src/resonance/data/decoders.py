@@ -58,6 +58,7 @@ class Source:
     slack: float  # seconds that the promise may be off
     blocks: Callable[[float, float | None], Blocks]
     count_seconds: Callable[[], float]  # without decoding
+    cut_off: bool = False  # the end is missing, and nothing says how much of it
 
 
 @contextlib.contextmanager
@@ -130,15 +131,14 @@ def _soundfile_source(
         # libsndfile shortens a file that was cut off without a word; the data chunk tells.
         claimed = readable * _promised_share(handle, head)
         promised = claimed if claimed > readable + EXACT_SECONDS else readable
-    elif head[:4] == b"OggS" and _ogg_cut_off(handle):
-        raise _end_missing(path)
 
     def blocks(start: float, end: float | None) -> Blocks:
         last = file.frames if end is None else min(file.frames, round(end * rate))
         return _soundfile_blocks(path, data, file, round(start * rate), last)
 
     form = f"{file.format} {file.subtype}"
-    return Source(path, rate, file.channels, form, promised, readable, EXACT_SECONDS, blocks, lambda: readable)
+    cut_off = head[:4] == b"OggS" and _ogg_cut_off(handle)
+    return Source(path, rate, file.channels, form, promised, readable, EXACT_SECONDS, blocks, lambda: readable, cut_off)
 
 
 def _promised_share(handle: BinaryIO, head: bytes) -> float:
@@ -348,7 +348,7 @@ def _check_rate(path: Name, rate: int) -> None:
 
 def _not_audio(path: Name, head: bytes, error: Exception) -> AudioError:
     if head[4:8] == b"ftyp" or head[:4] == b"OggS":
-        return _end_missing(path)
+        return end_missing(path)
     if not re.search(rb"[\0-\x08\x0e-\x1f]", head):
         beginning = " ".join(head[:200].decode("utf-8", errors="replace").split())[:40]
         return AudioError(
@@ -363,5 +363,5 @@ def _not_audio(path: Name, head: bytes, error: Exception) -> AudioError:
     )
 
 
-def _end_missing(path: Name) -> AudioError:
+def end_missing(path: Name) -> AudioError:
     return AudioError(_("{path}: the file is cut off: its end is missing. Copy or record it again.").format(path=path))

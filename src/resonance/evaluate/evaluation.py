@@ -213,7 +213,11 @@ def texts(
     """Transcripts of rows, in their order."""
     spans = [Span(Path(row.audio), row.start, row.end) for row in rows]
     with progress_bar(console, name, len(rows)) as advance:
-        results = list(transcribe_files(recognizer, spans, settings, batch_size=batch_size, done=advance))
+        results = list(
+            transcribe_files(
+                recognizer, spans, settings, batch_size=batch_size, progress=lambda files, _seconds: advance(files)
+            )
+        )
     failed = [
         _("row {row}: {error}").format(row=row.row, error=result.error)
         for row, result in zip(rows, results, strict=True)

@@ -93,6 +93,9 @@ def load_whisper(
                     )
                 )
             tokenizer = WhisperTokenizer.from_pretrained(place, **options)
+            tokenizer.clean_up_tokenization_spaces = (
+                False  # meant for other tokenizers; transformers warns at each text
+            )
             feature_extractor = WhisperFeatureExtractor.from_pretrained(place, **options)
             model, loaded = WhisperForConditionalGeneration.from_pretrained(
                 place,

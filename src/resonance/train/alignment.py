@@ -23,7 +23,7 @@ from resonance.data.audio_context import AudioContext
 from resonance.data.batches import batch_features
 from resonance.data.manifest import Utterance
 from resonance.model.precision import DTYPES, Precision
-from resonance.transcribe.torch_engine import unwrap
+from resonance.transcribe.decoding import unwrap
 from resonance.units import ALIGNED_SECONDS
 
 WARMUP_STEPS = 10

@@ -25,7 +25,7 @@ from resonance.model.checkpoints import PROCESSES_FILE, is_complete, mark_comple
 from resonance.model.memory import CUDA_CONTEXT
 from resonance.model.runs import write_failure
 from resonance.train.streaming import StreamLoader, Taken
-from resonance.transcribe.torch_engine import decode
+from resonance.transcribe.decoding import decode
 from resonance.units import GIBIBYTE
 
 
@@ -122,6 +122,7 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
                 inputs["decoder_input_ids"][:, : self.prompt_length].tolist(),
                 num_beams=self.num_beams,
                 max_length=self.max_length,
+                by_transformers=self.is_deepspeed_enabled or self.is_fsdp_enabled,
             )
         return loss, ids, labels
 

@@ -1,53 +1,43 @@
-"""Audio files to transcripts: decoded in threads, batched by length, answered in the order they were given."""
+"""Recordings to transcripts: read in threads, cut into windows, decoded by length, answered in the order they were given."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from resonance.data.audio import probe, read_audio
-from resonance.data.convert import MEDIA_SUFFIX
-from resonance.data.textfile import lines, read_text
-from resonance.errors import AudioError, DataError
-from resonance.messages import _
-from resonance.transcribe.longform import windows
+from resonance.data.audio import iter_blocks
+from resonance.errors import AudioError
+from resonance.transcribe.longform import Samples, Window, windows
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, TimedText, Transcript
-from resonance.units import SAMPLE_RATE
+from resonance.transcribe.result import FileResult
+from resonance.transcribe.segments import joined
+from resonance.transcribe.sequential import decode_in_sequence
+from resonance.transcribe.speech import nobody_spoke
 
-# Files decoded together, so that clips of like length meet in a batch: at most so many batches' worth, and 230 MB.
+# Windows decoded together, so that clips of like length meet in a batch: so many batches' worth, or 58 MB of audio.
 POOL_BATCHES = 16
-POOL_SECONDS = 3600.0
+POOL_SECONDS = 900.0
+READERS = 2
+NO_AUDIO = np.zeros(0, np.float32)
+READ_AHEAD = 32  # recordings that are being read, or have been and wait for their turn
 
 
 @dataclass(frozen=True, slots=True)
-class FileResult:
-    """One audio file's transcript, or why there is none."""
+class LongAudio:
+    """How audio longer than the model hears at once is dealt with, and what is left out."""
 
-    audio_path: str
-    text: str
-    language: str | None
-    duration: float  # seconds
-    segments: tuple[TimedText, ...]
-    error: str | None
-    coarse: bool = False  # the model gave no times: segments are as long as what it was given at once
-
-    def as_row(self, timestamps: bool) -> dict[str, object]:
-        """The row of the JSON output."""
-        row: dict[str, object] = {"audio_path": self.audio_path}
-        if self.error is not None:
-            return row | {"error": self.error}
-        row |= {"text": self.text, "language": self.language, "duration": round(self.duration, 3)}
-        if timestamps:
-            row["segments"] = [
-                {"start": round(s.start, 2), "end": round(s.end, 2), "text": s.text} for s in self.segments
-            ]
-        return row
+    mode: Literal["windows", "sequential"] = "windows"
+    max_window_seconds: float | None = None  # None: the recogniser's best
+    skip_nonspeech: bool = False
+    no_speech_threshold: float = 0.6
+    condition_on_previous_text: bool = False
 
 
 class Span(NamedTuple):
@@ -58,151 +48,192 @@ class Span(NamedTuple):
     end: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One window of one file, ready to be decoded."""
+@dataclass(slots=True)
+class Recording:
+    """What is known of one of the spans so far."""
 
-    file: int
-    start: float  # seconds into the file
-    audio: np.ndarray
+    span: Span
+    heard: list[tuple[Window, Transcript | None]] = field(default_factory=list)  # None: not decoded yet
+    error: str | None = None
+    read: bool = False  # to its end
 
-
-def list_audio(audio_path: Path | None, audio_list: Path | None) -> list[Path]:
-    """The files to transcribe: one, all recordings below a folder, or those a list names.
-
-    A list is a text file with a path a line, or a JSON list of paths or of rows with `audio_path`; its relative paths are
-    taken from the list's folder, else from the current one. Raises DataError when there is nothing to do.
-    """
-    if audio_path is not None:
-        if not audio_path.exists():
-            raise DataError(_("{path}: no such file or folder. Check the name.").format(path=audio_path))
-        if not audio_path.is_dir():
-            return [audio_path]
-        found = sorted(p for p in audio_path.rglob("*") if p.is_file() and MEDIA_SUFFIX.fullmatch(p.suffix))
-        if not found:
-            raise DataError(_("{path}: no audio files in this folder.").format(path=audio_path))
-        return found
-    assert audio_list is not None  # the configuration asks for one of the two
-    names = _listed(audio_list)
-    if not names:
-        raise DataError(_("{path}: the list is empty.").format(path=audio_list))
-    beside = [audio_list.parent / name for name in names]
-    return [path if path.exists() else Path(name) for path, name in zip(beside, names, strict=True)]
-
-
-def _listed(audio_list: Path) -> list[str]:
-    text = read_text(audio_list)
-    if not text.lstrip().startswith(("[", "{")):
-        return [line.strip() for line in lines(text) if line.strip()]
-    try:
-        rows = json.loads(text)
-        names = [row if isinstance(row, str) else (row.get("audio_path") or row["audio"]) for row in rows]
-    except json.JSONDecodeError as error:
-        raise DataError(
-            _("{path}: line {line}, column {column}: not valid JSON ({reason}). Correct it and run again.").format(
-                path=audio_list, line=error.lineno, column=error.colno, reason=error.msg
-            )
-        ) from error
-    except (AttributeError, KeyError, TypeError):
-        names = [None]
-    if isinstance(rows, dict) or not all(isinstance(name, str) for name in names):
-        raise DataError(
-            _(
-                '{path}: not a list of recordings. Write one path a line, or JSON: ["a.wav", "b.wav"] or '
-                '[{{"audio_path": "a.wav"}}].'
-            ).format(path=audio_list)
-        )
-    return names
+    @property
+    def finished(self) -> bool:
+        return self.read and all(transcript is not None for _window, transcript in self.heard)
 
 
 def transcribe_files(
     recognizer: Recognizer,
-    spans: Sequence[Span],
+    spans: Iterable[Span],
     settings: DecodeSettings,
     *,
     batch_size: int,
-    done: Callable[[int], None] = lambda count: None,
+    long_audio: LongAudio = LongAudio(),
+    progress: Callable[[int, float], None] = lambda files, seconds: None,
 ) -> Iterator[FileResult]:
-    """Results in the order of `spans`. A file that cannot be read gets a result with `error` and stops no other.
+    """Results in the order of `spans`, each as soon as it and those before it are finished.
 
-    `done` is called with the number of files finished since the last call.
+    A recording that cannot be read gets a result with `error` and stops no other; of one that is damaged further on, what
+    can be read is transcribed. `progress` is called with the recordings finished and the seconds of audio dealt with since
+    the last call. Memory is bounded, however long a recording is and however many there are.
     """
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        for pool in _pools(spans, POOL_BATCHES * batch_size):
-            audios = list(threads.map(_read, pool))
-            yield from _transcribe_pool(recognizer, pool, audios, settings, batch_size)
-            done(len(pool))
+    if long_audio.mode == "sequential":
+        yield from _in_sequence(recognizer, spans, settings, long_audio, progress)
+        return
+    most = min(long_audio.max_window_seconds or recognizer.best_clip_seconds, recognizer.max_clip_seconds)
+    waiting: deque[Recording] = deque()
+    for pool in _pools(_windows(spans, most, waiting), POOL_BATCHES * batch_size):
+        order = sorted(range(len(pool)), key=lambda i: len(pool[i][1].audio))
+        for begin in range(0, len(order), batch_size):
+            batch = [pool[i] for i in order[begin : begin + batch_size]]
+            answers = recognizer.transcribe([window.audio for _recording, window, _place in batch], settings)
+            for (recording, window, place), answer in zip(batch, answers, strict=True):
+                recording.heard[place] = (replace(window, audio=NO_AUDIO), answer)  # a long recording has many
+            progress(0, sum(window.seconds for _recording, window, _place in batch))
+        finished = 0
+        while waiting and waiting[0].finished:
+            yield _result(waiting.popleft(), settings, long_audio)
+            finished += 1
+        if finished:
+            progress(finished, 0.0)
+    finished = len(waiting)
+    while waiting:
+        yield _result(waiting.popleft(), settings, long_audio)
+    if finished:
+        progress(finished, 0.0)
 
 
-def _pools(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
-    """`spans` in their order, in parts of at most `most` files and, but for a single longer file, POOL_SECONDS."""
-    pool: list[Span] = []
+Placed = tuple[Recording, Window, int]  # a window, and where its transcript belongs
+
+
+def _windows(spans: Iterable[Span], most: float, waiting: deque[Recording]) -> Iterator[Placed]:
+    """The windows of all spans, in their order. Each recording is put into `waiting` before its first window."""
+    for span, parts in _read_ahead(spans, most):
+        recording = Recording(span)
+        waiting.append(recording)
+        for part in parts:
+            if isinstance(part, AudioError):
+                recording.error = str(part)
+                continue
+            recording.heard.append((part, None))
+            yield recording, part, len(recording.heard) - 1
+        recording.read = True
+
+
+def _read_ahead(spans: Iterable[Span], most: float) -> Iterator[tuple[Span, Iterator[Window | AudioError]]]:
+    """Each span with its windows. The first minutes of the next ones are read in threads, the rest when it is asked for."""
+    with ThreadPoolExecutor(READERS) as threads:
+        coming = iter(spans)
+        ahead: deque[tuple[Span, Future[Iterator[Window | AudioError]]]] = deque()
+        try:
+            while True:
+                for span in itertools.islice(coming, READ_AHEAD - len(ahead)):
+                    ahead.append((span, threads.submit(_begin, span, most)))
+                if not ahead:
+                    return
+                span, begun = ahead.popleft()
+                yield span, begun.result()
+        finally:
+            for _span, begun in ahead:
+                begun.cancel()
+
+
+def _begin(span: Span, most: float) -> Iterator[Window | AudioError]:
+    """The windows of a span, of which the first has been read."""
+    parts = _windows_of(span, most)
+    return itertools.chain(list(itertools.islice(parts, 1)), parts)
+
+
+def _windows_of(span: Span, most: float) -> Iterator[Window | AudioError]:
+    """The windows of a span, then what was wrong with it."""
+    failed: list[AudioError] = []
+
+    def blocks() -> Iterator[Samples]:
+        try:
+            yield from iter_blocks(span.path, span.start, span.end)
+        except AudioError as error:
+            failed.append(error)
+
+    yield from windows(blocks(), most)
+    yield from failed
+
+
+def _pools(placed: Iterable[Placed], most: int) -> Iterator[list[Placed]]:
+    pool: list[Placed] = []
     seconds = 0.0
-    for span in spans:
-        length = _seconds(span)
-        if pool and (len(pool) == most or seconds + length > POOL_SECONDS):
+    for part in placed:
+        pool.append(part)
+        seconds += part[1].seconds
+        if len(pool) == most or seconds >= POOL_SECONDS:
             yield pool
             pool, seconds = [], 0.0
-        pool.append(span)
-        seconds += length
     if pool:
         yield pool
 
 
-def _seconds(span: Span) -> float:
-    try:
-        return (span.end or probe(span.path).duration) - span.start
-    except AudioError:  # becomes the file's result
-        return 0.0
-
-
-def _read(span: Span) -> np.ndarray | str:
-    try:
-        return read_audio(span.path, span.start, span.end)
-    except AudioError as error:
-        return str(error)
-
-
-def _transcribe_pool(
+def _in_sequence(
     recognizer: Recognizer,
-    spans: Sequence[Span],
-    audios: Sequence[np.ndarray | str],
+    spans: Iterable[Span],
     settings: DecodeSettings,
-    batch_size: int,
+    long_audio: LongAudio,
+    progress: Callable[[int, float], None],
 ) -> Iterator[FileResult]:
-    pieces = [
-        Piece(file, a / SAMPLE_RATE, audio[a:b])
-        for file, audio in enumerate(audios)
-        if not isinstance(audio, str)
-        for a, b in windows(audio, recognizer.max_clip_seconds)
-    ]
-    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i].audio))
-    transcripts: dict[int, Transcript] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        results = recognizer.transcribe([pieces[i].audio for i in batch], settings)
-        transcripts.update(zip(batch, results, strict=True))
-    for file, (span, audio) in enumerate(zip(spans, audios, strict=True)):
-        if isinstance(audio, str):
-            yield FileResult(str(span.path), "", None, 0.0, (), audio)
+    for span in spans:
+        recording = Recording(span)
+        try:
+            for window, transcript in decode_in_sequence(
+                recognizer,
+                iter_blocks(span.path, span.start, span.end),
+                settings,
+                condition_on_previous_text=long_audio.condition_on_previous_text,
+            ):
+                recording.heard.append((replace(window, audio=NO_AUDIO), transcript))
+                progress(0, window.seconds)
+        except AudioError as error:
+            recording.error = str(error)
+        yield _result(recording, settings, long_audio)
+        progress(1, 0.0)
+
+
+def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudio) -> FileResult:
+    """The windows of a recording put together, at their true times."""
+    segments: list[TimedText] = []
+    left_out: list[TimedText] = []
+    text, language, duration = "", None, 0.0
+    only: Transcript | None = None  # what was heard, where that is in one window
+    for window, heard in recording.heard:
+        assert heard is not None  # the recording is finished
+        duration = window.start + window.seconds
+        language = language or heard.language
+        if not heard.text:
             continue
-        parts = [(pieces[i], transcripts[i]) for i in range(len(pieces)) if pieces[i].file == file]
-        yield _joined(str(span.path), len(audio) / SAMPLE_RATE, parts)
+        shifted = [_shifted(segment, window.start) for segment in heard.segments]
+        if long_audio.skip_nonspeech and nobody_spoke(
+            window.speech,
+            heard,
+            no_speech_threshold=long_audio.no_speech_threshold,
+            log_prob_threshold=settings.log_prob_threshold,
+            loop_ratio=settings.compression_ratio_threshold,
+        ):
+            left_out += shifted
+            continue
+        segments += shifted
+        text = joined(text, heard.text)
+        only = heard
+    alone = only if len(recording.heard) == 1 else None
+    return FileResult(
+        str(recording.span.path),
+        text,
+        language,
+        duration,
+        tuple(segments),
+        recording.error,
+        tuple(left_out),
+        alone.phrase if alone else None,
+        alone.phrase_score if alone else None,
+    )
 
 
-def _joined(path: str, duration: float, parts: Sequence[tuple[Piece, Transcript]]) -> FileResult:
-    segments = []
-    for piece, transcript in parts:
-        inside = transcript.segments or (TimedText(0.0, len(piece.audio) / SAMPLE_RATE, transcript.text),)
-        segments += [TimedText(piece.start + s.start, piece.start + s.end, s.text) for s in inside if s.text]
-    texts = [transcript.text for _piece, transcript in parts if transcript.text]
-    text = texts[0] if texts else ""
-    for following in texts[1:]:
-        text += following if _unspaced(text[-1]) and _unspaced(following[0]) else f" {following}"
-    coarse = any(transcript.text and not transcript.segments for _piece, transcript in parts)
-    return FileResult(path, text, parts[0][1].language, duration, tuple(segments), None, coarse)
-
-
-def _unspaced(character: str) -> bool:
-    """Whether words stand without spaces where this character is: Chinese, Japanese and their punctuation."""
-    return "\u3000" <= character <= "\u30ff" or "\u4e00" <= character <= "\u9fff" or "\uff00" <= character <= "\uff65"
+def _shifted(segment: TimedText, seconds: float) -> TimedText:
+    words = tuple(replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words)
+    return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)

@@ -1,38 +1,74 @@
-"""Audio longer than the model's window, cut where it is quiet."""
+"""Audio longer than a model hears at once, cut where nobody speaks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from resonance.transcribe.speech import FRAME, Listener, speech_in
 from resonance.units import SAMPLE_RATE
 
-BLOCK = SAMPLE_RATE // 50  # 20 ms: the resolution of a cut
-PAUSE_BLOCKS = 10  # loudness is averaged over 0.2 s, so that a cut falls into a pause and not into a stop consonant
+Samples = npt.NDArray[np.float32]
+
+PAUSE_FRAMES = 7  # of 32 ms: what is judged at once, so that a cut falls into a pause and not into a stop consonant
+QUIET_WEIGHT = 0.2  # how much loudness counts beside the probability of speech
 
 
-def windows(audio: np.ndarray, max_seconds: float) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) samples of consecutive windows that cover float32 [samples] at 16 kHz.
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of a recording that is decoded at once."""
 
-    No window is longer than `max_seconds`. Each but the last ends at the quietest place of its second half, so nothing is
-    left out and nothing comes twice.
+    start: float  # seconds into the recording
+    seconds: float
+    speech: float | None  # 0-1, how sure it is that somebody speaks; None: no detector
+    audio: Samples  # float32 [samples] at 16 kHz
+
+
+def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
+    """Consecutive windows that cover audio arriving in blocks; nothing is left out, nothing comes twice.
+
+    None is longer than `max_seconds`. Each but the last ends at the place of its second half where speech is least probable
+    and it is quietest. Holds one window and one block in memory.
     """
     most = int(max_seconds * SAMPLE_RATE)
-    start = 0
-    while len(audio) - start > most:
-        half = start + most // 2
-        cut = half + quietest(audio[half : start + most])
-        yield start, cut
-        start = cut
-    yield start, len(audio)
+    listener = Listener()
+    held = np.zeros(0, np.float32)  # from the beginning of the next window on
+    heard = np.zeros(0, np.float32)  # speech probabilities from the same place on, rounded to frames
+    done = 0  # samples in windows so far
+
+    def window(length: int) -> Window:
+        speech = speech_in(heard[: -(-length // FRAME)])
+        return Window(done / SAMPLE_RATE, length / SAMPLE_RATE, speech, held[:length])
+
+    for block in blocks:
+        held = np.concatenate([held, block])
+        heard = np.concatenate([heard, listener.hear(block)])
+        while len(held) > most:
+            cut = best_cut(held[:most], heard)
+            yield window(cut)
+            # Probabilities go on at the frame in which the cut lies: at most 32 ms off.
+            held, heard, done = held[cut:], heard[round(cut / FRAME) :], done + cut
+    heard = np.concatenate([heard, listener.hear(np.zeros(0, np.float32), last=True)])
+    if len(held):
+        yield window(len(held))
 
 
-def quietest(audio: np.ndarray) -> int:
-    """The sample in the middle of the quietest 0.2 s."""
-    blocks = audio[: len(audio) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    energy = np.square(blocks, dtype=np.float64).sum(axis=1)
-    if len(energy) <= PAUSE_BLOCKS:
-        return len(audio) - 1
-    smooth = np.convolve(energy, np.ones(PAUSE_BLOCKS), mode="valid")
-    return (int(smooth.argmin()) + PAUSE_BLOCKS // 2) * BLOCK
+def best_cut(audio: Samples, speech: npt.NDArray[np.float32]) -> int:
+    """The sample of the second half at which to cut.
+
+    audio: float32 [samples]; speech: probabilities of its frames of 512 samples, or empty: then it is the quietest place.
+    """
+    first = len(audio) // 2 // FRAME
+    frames = audio[first * FRAME : len(audio) // FRAME * FRAME].reshape(-1, FRAME)
+    if len(frames) <= PAUSE_FRAMES:
+        return len(audio)
+    loudness = np.sqrt(np.square(frames, dtype=np.float64).mean(axis=1))
+    cost = loudness / max(loudness.max(), 1e-9)
+    known = speech[first : first + len(frames)]
+    if len(known):
+        cost = QUIET_WEIGHT * cost + np.pad(known, (0, len(frames) - len(known)), mode="edge")
+    smooth = np.convolve(cost, np.ones(PAUSE_FRAMES), mode="valid")
+    return (first + int(smooth.argmin()) + PAUSE_FRAMES // 2) * FRAME + FRAME // 2

@@ -65,6 +65,7 @@ class Transcript:
     no_speech_probability: float | None = None  # 0-1, what the model gives for its token of silence
     compression_ratio: float = 0.0
     temperature: float = 0.0
+    complete_until: float | None = None  # seconds after which a sentence is cut off; None: complete to the end
     phrase: str | None = None  # the one of the phrase list that it is, if it is one
     phrase_score: float | None = None  # 0-1: probability among the phrases of the list
 

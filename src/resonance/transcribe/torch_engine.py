@@ -10,9 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.logits_process import LogitsProcessorList, WhisperTimeStampLogitsProcessor
-from transformers.modeling_outputs import BaseModelOutput
 
 from resonance.data.audio_context import AudioContext
 from resonance.data.batches import batch_features
@@ -23,80 +20,16 @@ from resonance.model import adapters
 from resonance.model.builtin import folder_of
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
-from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
+from resonance.transcribe.decoding import Decoder, encode, generate, unwrap
+from resonance.transcribe.fallback import Decoded, Judged, with_fallback
+from resonance.transcribe.recognizer import DecodeSettings, Transcript
+from resonance.transcribe.segments import text_of, transcripts
+from resonance.transcribe.word_times import token_starts
 from resonance.units import SAMPLE_RATE, TIMESTAMP_STEP_SECONDS
 
-# Fast Mandarin and fast English stay below 15 tokens a second. A repetition loop is cut off there, not at 448 tokens.
-TOKENS_PER_SECOND = 20
-TOKENS_AT_LEAST = 24
-
-
-def unwrap(model: Any) -> Any:
-    """The WhisperForConditionalGeneration inside a PeftModel, adapters in place; otherwise the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@torch.inference_mode()
-def decode(
-    model: Any,
-    input_features: torch.Tensor,
-    prompts: Sequence[Sequence[int]],
-    *,
-    num_beams: int = 1,
-    timestamps: bool = False,
-    max_length: int | None = None,
-) -> torch.Tensor:
-    """Token ids [batch, tokens] after each prompt, `<|endoftext|>` behind the shorter ones.
-
-    input_features: [batch, n_mels, frames] at any audio context; prompts: equally long. One window a row, one call of
-    the generic generation loop: Whisper's own long-form `generate` would pad every clip to 30 s again.
-    """
-    whisper = unwrap(model)
-    features = input_features.to(whisper.device, whisper.model.encoder.conv1.weight.dtype)
-    hidden = whisper.model.encoder(features).last_hidden_state
-    return _generate(whisper, hidden, prompts, num_beams, timestamps, max_length)
-
-
-def _generate(
-    whisper: Any,
-    hidden: torch.Tensor,
-    prompts: Sequence[Sequence[int]],
-    num_beams: int,
-    timestamps: bool,
-    max_length: int | None,
-) -> torch.Tensor:
-    stock = whisper.generation_config
-    prompt = torch.tensor(prompts, device=hidden.device)
-    most = int(hidden.shape[1] * TIMESTAMP_STEP_SECONDS * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
-    settings = GenerationConfig(
-        max_length=min(prompt.shape[1] + most, max_length or whisper.config.max_target_positions),
-        num_beams=num_beams,
-        do_sample=False,
-        eos_token_id=stock.eos_token_id,
-        pad_token_id=stock.eos_token_id,
-        bos_token_id=stock.bos_token_id,
-        decoder_start_token_id=stock.decoder_start_token_id,
-        suppress_tokens=getattr(stock, "suppress_tokens", None),
-        begin_suppress_tokens=getattr(stock, "begin_suppress_tokens", None),
-    )
-    processors = LogitsProcessorList()
-    if timestamps:
-        rules = GenerationConfig(
-            no_timestamps_token_id=stock.no_timestamps_token_id,
-            eos_token_id=stock.eos_token_id,
-            bos_token_id=stock.bos_token_id,
-            max_initial_timestamp_index=getattr(stock, "max_initial_timestamp_index", None),
-        )
-        processors.append(WhisperTimeStampLogitsProcessor(rules, begin_index=prompt.shape[1]))
-    sequences: torch.Tensor = GenerationMixin.generate(
-        whisper,
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-        decoder_input_ids=prompt,
-        attention_mask=torch.ones(hidden.shape[:2], device=hidden.device),
-        generation_config=settings,
-        logits_processor=processors,
-    )
-    return sequences[:, prompt.shape[1] :]
+# A model tuned on phrases is given at least so much of a long recording: speech without a pause has to fit.
+LEAST_WINDOW_SECONDS = 5.0
+PREVIOUS_TOKENS = 2  # the decoder holds so many times more than what was said before, as in openai/whisper
 
 
 @dataclass(slots=True)
@@ -120,14 +53,24 @@ class TorchRecognizer:
         seconds = most * TIMESTAMP_STEP_SECONDS
         return seconds if self.context.length == "full" else seconds - self.context.margin_seconds
 
+    @property
+    def best_clip_seconds(self) -> float:
+        trained = self.info.data.get("longest_clip_seconds") if self.info else None
+        if trained is None:
+            return self.max_clip_seconds
+        return min(max(float(trained), LEAST_WINDOW_SECONDS), self.max_clip_seconds)
+
+    @property
+    def personal(self) -> bool:
+        return self.info is not None
+
     def transcribe(self, clips: Sequence[np.ndarray], settings: DecodeSettings) -> list[Transcript]:
         if not clips:
             return []
         features = batch_features(clips, self.context, self.whisper.n_mels)
         model = unwrap(self.whisper.model)
         with torch.inference_mode():
-            features = features.to(model.device, model.model.encoder.conv1.weight.dtype)
-            hidden = model.model.encoder(features).last_hidden_state
+            hidden = encode(model, features)
             languages = self._languages(hidden, settings)
             tokenizer = LabelTokenizer(
                 self.whisper.tokenizer,
@@ -135,15 +78,52 @@ class TorchRecognizer:
                 None,
                 settings.task or (self.info.task if self.info else "transcribe"),
             )
-            prompts = [tokenizer.prompt(language, timestamps=settings.timestamps) for language in languages]
-            timed = settings.timestamps and writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
-            if settings.timestamps and not timed:
-                prompts = [tokenizer.prompt(language) for language in languages]
-            sequences = _generate(model, hidden, prompts, settings.num_beams, timed, None)
-        return [
-            self._transcript(ids.tolist(), language, len(clip) / SAMPLE_RATE, timed)
-            for ids, language, clip in zip(sequences, languages, clips, strict=True)
-        ]
+            before = self._previous(settings.prompt)
+            prompts = [[*before, *tokenizer.prompt(language)] for language in languages]
+            timed = settings.times != "none" and writes_timestamps(
+                model, hidden, [prompt[:-1] for prompt in prompts], tokenizer.special("<|0.00|>")
+            )
+            asked = [prompt[:-1] for prompt in prompts] if timed else prompts
+            found = self._decode(model, hidden, asked, settings, timed)
+            seconds = [len(clip) / SAMPLE_RATE for clip in clips]
+            first = tokenizer.special("<|0.00|>") if settings.times != "none" else None
+
+            def starts(rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[list[float]]:
+                index = torch.tensor(list(rows), device=hidden.device)
+                lengths = [seconds[row] for row in rows]
+                return token_starts(model, hidden[index], [prompts[row] for row in rows], texts, lengths)
+
+            return transcripts(found, self.whisper.tokenizer, languages, seconds, settings.times, timed, first, starts)
+
+    def _decode(
+        self, model: Any, hidden: torch.Tensor, prompts: list[list[int]], settings: DecodeSettings, timed: bool
+    ) -> list[Judged]:
+        def attempt(rows: Sequence[int], temperature: float) -> list[Decoded]:
+            some = hidden if len(rows) == len(hidden) else hidden[torch.tensor(list(rows), device=hidden.device)]
+            return generate(
+                model,
+                some,
+                [prompts[row] for row in rows],
+                num_beams=settings.num_beams,
+                timestamps=timed,
+                temperature=temperature,
+                scores=settings.scores or settings.times != "none" or len(settings.temperatures) > 1,
+            )
+
+        return with_fallback(attempt, self._text, len(hidden), settings)
+
+    def _text(self, decoded: Decoded) -> str:
+        """Timestamps left out, which are not special tokens in OpenAI's tokenizers."""
+        return text_of(self.whisper.tokenizer, decoded.ids)
+
+    def _previous(self, prompt: str | None) -> list[int]:
+        """Ids of what was said before, as a prefix of every prompt."""
+        if not prompt:
+            return []
+        tokenizer = self.whisper.tokenizer
+        ids: list[int] = tokenizer(" " + prompt.strip(), add_special_tokens=False).input_ids
+        most = self.whisper.max_label_tokens // PREVIOUS_TOKENS - 1
+        return [tokenizer.convert_tokens_to_ids("<|startofprev|>"), *ids[-most:]]
 
     def _languages(self, hidden: torch.Tensor, settings: DecodeSettings) -> list[str | None]:
         language = settings.language or (self.info.language if self.info else None)
@@ -152,14 +132,6 @@ class TorchRecognizer:
         if language:
             return [language] * len(hidden)
         return list(detect_languages(self.whisper, hidden))
-
-    def _transcript(self, ids: list[int], language: str | None, seconds: float, timestamps: bool) -> Transcript:
-        tokenizer = self.whisper.tokenizer
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        if not timestamps:
-            return Transcript(text, language)
-        first = tokenizer.convert_tokens_to_ids("<|0.00|>")
-        return Transcript(text, language, tuple(read_segments(ids, tokenizer, first, seconds)))
 
     def spellings(self) -> dict[str, str]:
         """British to American spellings, where the model's tokenizer brings them (Whisper's normalizer.json)."""
@@ -187,8 +159,8 @@ def writes_timestamps(model: Any, hidden: torch.Tensor, prompts: Sequence[Sequen
     `first`: the id of `<|0.00|>`.
     """
     prompt = torch.tensor(prompts, device=hidden.device)
-    logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=prompt).logits[:, -1]
-    share = logits.float().softmax(dim=-1)[:, first:].sum(dim=-1)  # [batch]
+    decoder = Decoder(model, hidden, prompt.shape[1])
+    share = decoder.logits(decoder(prompt)[:, -1]).softmax(dim=-1)[:, first:].sum(dim=-1)  # [batch]
     return bool(share.median() > 0.1)
 
 
@@ -204,27 +176,9 @@ def detect_languages(whisper: Whisper, hidden: torch.Tensor) -> list[str]:
         )
     tokens, ids = list(table), torch.tensor(list(table.values()), device=hidden.device)
     start = torch.full((len(hidden), 1), model.generation_config.decoder_start_token_id, device=hidden.device)
-    logits = model(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=start).logits[:, -1]
+    decoder = Decoder(model, hidden, 1)
+    logits = decoder.logits(decoder(start)[:, -1])
     return [tokens[i].strip("<|>") for i in logits[:, ids].argmax(dim=-1).tolist()]
-
-
-def read_segments(ids: Sequence[int], tokenizer: Any, first_timestamp: int, seconds: float) -> Iterator[TimedText]:
-    """Segments between timestamp tokens, clipped to the clip's own length."""
-    start, words = 0.0, list[int]()
-
-    def segment(end: float) -> Iterator[TimedText]:
-        text = tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        if text:
-            yield TimedText(min(start, seconds), min(max(start, end), seconds), text)
-
-    for token in ids:
-        if token < first_timestamp:
-            words.append(token)
-            continue
-        time = (token - first_timestamp) * TIMESTAMP_STEP_SECONDS
-        yield from segment(time)
-        start, words = time, []
-    yield from segment(seconds)
 
 
 def load_recognizer(
