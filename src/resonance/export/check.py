@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from resonance.errors import AudioError, DataError
 from resonance.messages import _
 from resonance.model.runs import RunFolder
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, Transcript
-from resonance.units import SAMPLE_RATE
+from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
 
 DEMO_SPEAKER = Path(__file__).parent.parent / "demo_speaker"
 BATCH = 8
+WINDOW_SAMPLES = int(WINDOW_SECONDS * SAMPLE_RATE)
 SHOWN = 5  # recordings whose texts are told when an export fails
 
 
@@ -80,7 +82,8 @@ def difference(a: str, b: str) -> float:
     if not a or not b:
         return float(a != b)
     counts = jiwer.process_characters(a, b)
-    return min((counts.substitutions + counts.insertions + counts.deletions) / max(len(a), len(b)), 1.0)
+    changes: int = counts.substitutions + counts.insertions + counts.deletions
+    return min(changes / max(len(a), len(b)), 1.0)
 
 
 def choose_clips(config: ExportConfig, run: RunFolder | None) -> tuple[list[Clip], str]:
@@ -140,16 +143,22 @@ def transcribe(
 
 
 def faster_whisper_texts(
-    folder: Path, clips: Sequence[Clip], languages: Sequence[str | None], task: str, new_tokens: int
+    folder: Path, clips: Sequence[Clip], languages: Sequence[str | None], task: str, new_tokens: int, *, silence: bool
 ) -> list[str]:
-    """What faster-whisper makes of the clips, each padded to 30 s: greedy, no temperature, nothing left out."""
+    """What faster-whisper makes of the clips: greedy, no temperature, nothing left out.
+
+    It fills up 30 s behind the sound with zeros in place of features, which are not those of silence, and what a model makes
+    of that is its own affair. With `silence` it is given 30 s of sound, and has to understand what PyTorch does.
+    """
     from faster_whisper import WhisperModel
 
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     model = WhisperModel(str(folder), device="cpu", compute_type="default", local_files_only=True)
     texts = []
     for clip, language in zip(clips, languages, strict=True):
+        audio = clip.audio[:WINDOW_SAMPLES]
         segments, _info = model.transcribe(
-            clip.audio[: int(29.9 * SAMPLE_RATE)],
+            np.pad(audio, (0, WINDOW_SAMPLES - len(audio))) if silence else audio,
             language=language,
             task=task,
             beam_size=1,
@@ -159,7 +168,7 @@ def faster_whisper_texts(
             compression_ratio_threshold=None,
             log_prob_threshold=None,
             no_speech_threshold=None,
-            suppress_tokens=[],
+            suppress_tokens=generation.get("suppress_tokens") or [],  # it has a list of its own otherwise
             # CTranslate2 gives half of prompt and new tokens together.
             max_new_tokens=min(2 * new_tokens - 4, 444),
         )

@@ -173,7 +173,7 @@ def unpack(data: bytes, shape: tuple[int, ...], kind: int) -> np.ndarray:
     """float32 values out of the bytes of a tensor."""
     if kind == Q8_0:
         blocks = np.frombuffer(data, dtype=[("scale", "<f2"), ("values", "i1", BLOCK)])
-        flat = blocks["scale"].astype(np.float32)[:, None] * blocks["values"]
+        flat: np.ndarray = blocks["scale"].astype(np.float32)[:, None] * blocks["values"]
         return flat.reshape(shape)
     return np.frombuffer(data, dtype="<f4" if kind == F32 else "<f2").astype(np.float32).reshape(shape)
 
@@ -203,7 +203,9 @@ def ordinary_tokens(tokenizer: Any) -> list[bytes]:
     missing = [i for i in range(end) if i not in by_id]
     if missing and missing != [end - 1]:
         raise ExportError(
-            _("The model's vocabulary has no token {id}, so it cannot be written for whisper.cpp.").format(id=missing[0])
+            _("The model's vocabulary has no token {id}, so it cannot be written for whisper.cpp.").format(
+                id=missing[0]
+            )
         )
     return [bytes(bytes_of[character] for character in by_id.get(i, "")) for i in range(end)]
 

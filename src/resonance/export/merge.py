@@ -12,7 +12,8 @@ from torch import nn
 from resonance.errors import AdapterError
 from resonance.messages import _
 from resonance.model.lora import quiet_peft
-from resonance.transcribe.torch_engine import TorchRecognizer, unwrap
+from resonance.transcribe.decoding import unwrap
+from resonance.transcribe.torch_engine import TorchRecognizer
 
 TIED = ("embed_tokens", "proj_out")
 
@@ -32,7 +33,8 @@ def merge(recognizer: TorchRecognizer) -> Any:
         return plain
     if any(name.rsplit(".", 1)[-1] in TIED for name in adapted(model)):
         # Whisper's output layer is its token embedding. An update of one is not one of the other.
-        plain.proj_out.weight = nn.Parameter(plain.proj_out.weight.detach().clone(), requires_grad=False)
+        layer = getattr(plain.proj_out, "base_layer", plain.proj_out)
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         plain.config.tie_word_embeddings = False
     with quiet_peft(), torch.no_grad():
         merged = model.merge_and_unload()

@@ -24,7 +24,9 @@ def check_place(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise RunFolderError(
-            _("{path} holds an export. Choose another --output_dir, or replace it with --overwrite.").format(path=folder)
+            _("{path} holds an export. Choose another --output_dir, or replace it with --overwrite.").format(
+                path=folder
+            )
         )
 
 
@@ -62,9 +64,9 @@ def beside(folder: Path) -> Iterator[Path]:
         if reason is None:
             raise
         raise RunFolderError(
-            _("The export could not be written to {folder}: {reason}. Free some space, or choose another --output_dir.").format(
-                folder=folder, reason=reason
-            )
+            _(
+                "The export could not be written to {folder}: {reason}. Free some space, or choose another --output_dir."
+            ).format(folder=folder, reason=reason)
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

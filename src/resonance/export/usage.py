@@ -36,28 +36,34 @@ def usage(record: exports.Record, info: adapters.Info | None, context: AudioCont
 
 
 def context_notes(record: exports.Record, info: adapters.Info | None, context: AudioContext) -> list[str]:
-    """What becomes of a model that was trained on less than 30 s at once."""
-    if context.length == "full" or info is None:
-        return []
-    if record.format == "ggml":
+    """What becomes of a model that was trained on less than 30 s at once, and what faster-whisper makes of it."""
+    notes = []
+    if context.length != "full" and record.format == "ggml":
         most = positions(info, context)
         seconds = most * TIMESTAMP_STEP_SECONDS - context.margin_seconds
-        return [
+        notes.append(
             _(
                 "This model was trained at the length of its recordings. whisper.cpp hears 30 s, unless it is given "
                 "--audio-ctx (-ac); {positions} is right for recordings of up to {seconds:.1f} s, and longer ones would be cut "
                 "off there."
             ).format(positions=most, seconds=seconds)
-        ]
-    note = _(
-        "This model was trained at the length of its recordings. Resonance keeps to that; other programs let it hear 30 s, "
-        "which is slower and may be understood differently."
-    )
-    if record.difference_in_other_programs is not None:
-        note += " " + _("In faster-whisper, {share:.1%} of the characters differed from the original's.").format(
-            share=record.difference_in_other_programs
         )
-    return [note]
+    elif context.length != "full":
+        notes.append(
+            _(
+                "This model was trained at the length of its recordings. Resonance keeps to that; other programs let it hear "
+                "30 s, which is slower and may be understood differently."
+            )
+        )
+    if record.difference_in_faster_whisper is not None:
+        notes.append(
+            _(
+                "As faster-whisper is usually called, {share:.1%} of the characters differ from the original's: what it puts "
+                "behind a short recording is not silence to the model. Add silence up to 30 s yourself, and see whether that is "
+                "better."
+            ).format(share=record.difference_in_faster_whisper)
+        )
+    return notes
 
 
 def positions(info: adapters.Info | None, context: AudioContext) -> int:

@@ -38,7 +38,7 @@ class Record(BaseModel):
     clips: int  # that were transcribed with both
     difference: float  # mean share of characters that differ
     max_difference: float  # that was allowed
-    difference_in_other_programs: float | None  # the same, where those hear 30 s; None: not compared
+    difference_in_faster_whisper: float | None  # the same there, as people call it; None: not compared
     audio_seconds: float  # of all clips
     seconds: dict[str, float]  # engine to the time it took for all clips, on the CPU in batches
     versions: dict[str, str]

@@ -281,9 +281,7 @@ def is_multilingual(folder: Path, tokenizer: WhisperTokenizer) -> bool:
     return bool(flag) if flag is not None else len(tokenizer) >= MULTILINGUAL_TOKENS
 
 
-def choose_context(
-    info: adapters.Info | None, audio_context: Literal["auto", "full"] | float | None
-) -> AudioContext:
+def choose_context(info: adapters.Info | None, audio_context: Literal["auto", "full"] | float | None) -> AudioContext:
     """The audio context that a model was trained with, unless another is given. Raises ConfigError."""
     if info is None:
         return AudioContext(audio_context or "full", 0.0, WINDOW_POSITIONS)

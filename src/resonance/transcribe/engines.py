@@ -12,7 +12,7 @@ from resonance.errors import ModelError
 from resonance.messages import _
 from resonance.model import exports
 from resonance.model.builtin import folder_of
-from resonance.model.load import choose_device
+from resonance.model.load import choose_device, not_for_torch
 from resonance.transcribe.recognizer import Recognizer
 from resonance.transcribe.torch_engine import load_recognizer
 
@@ -64,9 +64,9 @@ def ready_export(config: TranscribeConfig) -> Path | None:
         return None
     if record.source_fingerprint != exports.source_fingerprint(config.model_path):
         print(
-            _("{folder} was exported from other weights than the model has now, and is not used. Again: {command}").format(
-                folder=folder, command=export_command(config.model_path, overwrite=True)
-            ),
+            _(
+                "{folder} was exported from other weights than the model has now, and is not used. Again: {command}"
+            ).format(folder=folder, command=export_command(config.model_path, overwrite=True)),
             file=sys.stderr,
         )
         return None
@@ -78,17 +78,3 @@ def export_command(model_path: str, *, overwrite: bool = False) -> str:
     place = "" if exports.default_folder(model_path, "ctranslate2") else " --output_dir exported"
     again = " --overwrite" if overwrite else ""
     return f"resonance export --model_path {shlex.quote(model_path)} --to ctranslate2{place}{again}"
-
-
-def not_for_torch(folder: Path) -> ModelError:
-    """Why PyTorch does not take a folder for CTranslate2, and what it takes."""
-    record = exports.read_record(folder)
-    if record:
-        text = _("{folder} is a model for CTranslate2, which PyTorch cannot read. It was made from {source}: give that.")
-        return ModelError(text.format(folder=folder, source=record.source))
-    return ModelError(
-        _(
-            "{folder} is a model for CTranslate2, which PyTorch cannot read. Give the model that it was made from, or leave "
-            "--engine and --phrases out."
-        ).format(folder=folder)
-    )
