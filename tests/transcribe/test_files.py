@@ -168,7 +168,7 @@ def test_of_a_recording_that_is_cut_off_the_readable_part_is_transcribed(suffix:
 def test_what_nobody_said_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spans = [Span(write(tmp_path / f"{i}.wav", 1.0)) for i in range(3)]
     sure = {"a": 0.1, "b": 0.4, "c": 0.9}
-    for speech_in, mean_log_prob, kept in [(0.1, -0.1, 0), (0.4, -0.1, 3), (0.4, -2.0, 0), (0.9, -2.0, 3)]:
+    for speech_in, mean_log_prob, kept in [(0.1, -0.1, 0), (0.3, -0.1, 3), (0.3, -2.0, 0), (0.9, -2.0, 3)]:
         monkeypatch.setattr("resonance.transcribe.longform.speech_in", lambda _p, found=speech_in: found)
         teller = LengthTeller(texts=list(sure), scores={"mean_log_prob": mean_log_prob})
         results = answers(teller, spans, long_audio=LongAudio(skip_nonspeech=True))
@@ -201,7 +201,4 @@ def test_of_real_recordings_speech_is_heard_in_all_and_in_none_without(shared: P
             found.append(window.speech)
         return found
 
-    assert max(heard("nonspeech", 1)) < speech.SOMEBODY - 0.1
-    people = heard("torgo", 6, dysarthric=True)
-    assert min(people) > speech.NOBODY + 0.1
-    assert sum(p > speech.SOMEBODY for p in people) >= 0.97 * len(people)
+    assert max(heard("nonspeech", 1)) < speech.SOMEBODY < min(heard("torgo", 6, dysarthric=True))

@@ -148,6 +148,7 @@ def generate(
     scores: bool = False,
     processors: Sequence[Processor] = (),
     max_length: int | None = None,
+    max_new_tokens: int | None = None,
     by_transformers: bool = False,
 ) -> list[Decoded]:
     """Write the text of each row of hidden [rows, positions, d_model], after prompts that are equally long.
@@ -158,6 +159,7 @@ def generate(
     """
     prompt = torch.tensor(prompts, device=hidden.device)
     most = most_tokens(whisper, hidden, prompt.shape[1], max_length)
+    most = min(most, prompt.shape[1] + max_new_tokens) if max_new_tokens else most
     if (num_beams > 1 or by_transformers) and not temperature:
         found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, processors, most)
         return score(whisper, hidden, prompts, found) if scores else [Decoded(ids, [], None) for ids in found]

@@ -28,6 +28,7 @@ class DecodeSettings:
     temperatures: tuple[float, ...] = (0.0,)  # the next one where a text is repetitive or improbable
     compression_ratio_threshold: float = 2.4  # a text that gzip makes smaller than this many times is repetitive
     log_prob_threshold: float = -1.0  # mean over the tokens, below which a text is improbable
+    max_new_tokens: int | None = None  # at most so many for one clip; None: as many as can be said in its time
     prompt: str | None = None  # what was said before
     phrases: PhraseHelp | None = None  # what this person says
 
@@ -65,6 +66,7 @@ class Transcript:
     no_speech_probability: float | None = None  # 0-1, what the model gives for its token of silence
     compression_ratio: float = 0.0
     temperature: float = 0.0
+    timed: bool = False  # whether the model itself has written the times of the segments
     complete_until: float | None = None  # seconds after which a sentence is cut off; None: complete to the end
     phrase: str | None = None  # the one of the phrase list that it is, if it is one
     phrase_score: float | None = None  # 0-1: probability among the phrases of the list

@@ -87,6 +87,7 @@ def transcripts(
                 judged.decoded.no_speech_probability,
                 judged.compression_ratio,
                 judged.decoded.temperature,
+                timed=timed,
                 complete_until=complete[row],
             )
         )

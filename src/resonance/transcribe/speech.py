@@ -18,11 +18,11 @@ from resonance.transcribe.recognizer import Transcript
 
 FRAME = 512  # samples that Silero judges at once: 32 ms
 BEFORE = 64  # samples before each frame that Silero looks at too
-# The mean of the five most probable frames. Measured: seven recordings without speech 0.03-0.36, 838 TORGO clips 0.39-0.99,
-# spoken digits of a telephone from 0.30.
+# The mean of the five most probable frames. Measured: seven recordings without speech 0.03-0.36, 838 TORGO clips 0.39-0.99
+# (588 of them by people with dysarthria), spoken digits of a telephone from 0.30.
 LOUDEST_FRAMES = 5
 NOBODY = 0.2  # below, no model is believed that wrote something
-SOMEBODY = 0.5  # from here on, the model is believed whatever it says
+SOMEBODY = 0.38  # from here on, the model is believed whatever it says
 
 
 @functools.cache

@@ -107,6 +107,7 @@ class TorchRecognizer:
                 num_beams=settings.num_beams,
                 timestamps=timed,
                 temperature=temperature,
+                max_new_tokens=settings.max_new_tokens,
                 scores=settings.scores or settings.times != "none" or len(settings.temperatures) > 1,
             )
 
