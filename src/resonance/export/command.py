@@ -11,20 +11,18 @@ from rich.console import Console
 
 from resonance.config_export import ExportConfig
 from resonance.data.audio_context import AudioContext
-from resonance.data.batches import batch_features
-from resonance.data.tokens import LabelTokenizer
 from resonance.errors import ConfigError, ExportError, ModelError
 from resonance.export import ctranslate2, ggml, hf
-from resonance.export.check import Clip, Comparison, choose_clips, faster_whisper_texts, transcribe
+from resonance.export.check import BATCH, Clip, Comparison, choose_clips, faster_whisper_texts, transcribe
 from resonance.export.merge import folder_size, is_tied, merge, parameter_count
 from resonance.export.place import beside, check_place, check_space
 from resonance.export.usage import context_notes, usage
 from resonance.messages import _
 from resonance.model import adapters, exports, runs
 from resonance.model.builtin import folder_of
-from resonance.transcribe.decoding import TOKENS_AT_LEAST, TOKENS_PER_SECOND, encode, unwrap
+from resonance.transcribe.decoding import TOKENS_AT_LEAST, TOKENS_PER_SECOND
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
-from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer, writes_timestamps
+from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import MEBIBYTE, SAMPLE_RATE, WINDOW_SECONDS
 
 BITS = {"float32": 32, "int16": 16, "f16": 16, "float16": 16, "bfloat16": 16}
@@ -148,18 +146,14 @@ def heard(source: TorchRecognizer, clips: Sequence[Clip], settings: DecodeSettin
     if config.to == "ctranslate2" and source.context.length != "full":
         wide = replace(source, context=AudioContext("full", 0.0, source.context.window_positions))
         at_30_s = [t.text for t in transcribe(wide, clips, settings)[0]]
-    return Original(texts, languages, at_30_s, gives_times(source, clips[-8:], languages[-8:]), seconds)
+    return Original(texts, languages, at_30_s, gives_times(source, clips[-BATCH:], settings), seconds)
 
 
-def gives_times(source: TorchRecognizer, clips: Sequence[Clip], languages: Sequence[str | None]) -> bool:
+def gives_times(source: TorchRecognizer, clips: Sequence[Clip], settings: DecodeSettings) -> bool:
     """Whether the model, asked for times, writes them: an engine that cannot look at its first guesses is told so."""
-    tokenizer = LabelTokenizer(source.whisper.tokenizer, source.whisper.multilingual, None, task_of(source.info))
-    prompts = [tokenizer.prompt(language, timestamps=True) for language in languages]
     most = int(source.max_clip_seconds * SAMPLE_RATE)
-    features = batch_features([clip.audio[:most] for clip in clips], source.context, source.whisper.n_mels)
-    model = unwrap(source.whisper.model)
-    hidden = encode(model, features).detach()
-    return writes_timestamps(model, hidden, prompts, tokenizer.special("<|0.00|>"))
+    asked = replace(settings, times="segment", max_new_tokens=1)
+    return source.transcribe([clip.audio[:most] for clip in clips], asked)[0].timed
 
 
 def write(config: ExportConfig, folder: Path, source: TorchRecognizer) -> Path:

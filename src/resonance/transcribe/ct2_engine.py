@@ -107,7 +107,7 @@ class Ct2Recognizer:
 
         most = int(hidden.shape[1] * TIMESTAMP_STEP_SECONDS * decoding.TOKENS_PER_SECOND) + decoding.TOKENS_AT_LEAST
         prompt_length = len(prompts[0])
-        new = min(most, MAX_LABEL_TOKENS - prompt_length)
+        new = min(settings.max_new_tokens or most, MAX_LABEL_TOKENS - prompt_length)
 
         def attempt(rows: Sequence[int], temperature: float) -> list[Decoded]:
             ctranslate2.set_random_seed(0)
@@ -115,14 +115,14 @@ class Ct2Recognizer:
                 storage(hidden[list(rows)]),
                 [prompts[row] for row in rows],
                 beam_size=1 if temperature else settings.num_beams,
-                # It writes min(max_length / 2, max_length - prompt) tokens at most (4.8, whisper.cc).
-                max_length=max(2 * new, new + prompt_length),
+                # It writes at most half of it, and at most it without all of the prompt but one (4.8, measured).
+                max_length=max(2 * new, new + prompt_length - 1),
                 sampling_topk=0 if temperature else 1,
                 sampling_temperature=temperature or 1.0,
                 return_scores=True,
                 return_no_speech_prob=True,
             )
-            return [decoded(result, temperature) for result in results]
+            return [decoded(result, temperature, new) for result in results]
 
         return with_fallback(attempt, lambda found: text_of(self.tokenizer, found.ids), len(hidden), settings)
 
@@ -209,11 +209,13 @@ def storage(values: np.ndarray) -> Any:
     return ctranslate2.StorageView.from_array(np.ascontiguousarray(values))
 
 
-def decoded(result: Any, temperature: float) -> Decoded:
-    """From a WhisperGenerationResult. Its score is the sum over tokens and end by the number of tokens without the end."""
+def decoded(result: Any, temperature: float, most: int) -> Decoded:
+    """From a WhisperGenerationResult of at most so many tokens. Its score is the sum over the tokens, and the end where there
+    is one, by the number of tokens without the end."""
     ids = list(result.sequences_ids[0])
-    mean = result.scores[0] * max(len(ids), 1) / (len(ids) + 1)
-    return Decoded(ids, [mean] * (len(ids) + 1), result.no_speech_prob, temperature)
+    counted = len(ids) + (len(ids) < most)
+    mean = result.scores[0] * max(len(ids), 1) / counted
+    return Decoded(ids, [mean] * counted, result.no_speech_prob, temperature)
 
 
 def with_log_probs(found: Decoded, probabilities: Sequence[float], first_timestamp: int) -> Decoded:
@@ -222,10 +224,10 @@ def with_log_probs(found: Decoded, probabilities: Sequence[float], first_timesta
     places = [i for i, token in enumerate(found.ids) if token < first_timestamp]
     for place, probability in zip(places, probabilities, strict=True):
         log_probs[place] = float(np.log(max(probability, LEAST_PROBABILITY)))
-    others = [i for i in range(len(log_probs)) if i not in set(places)]
-    left = (sum(found.log_probs) - sum(log_probs[i] for i in places)) / len(others)
+    others = sorted(set(range(len(log_probs))) - set(places))
+    left = sum(found.log_probs) - sum(log_probs[i] for i in places)
     for i in others:
-        log_probs[i] = left
+        log_probs[i] = left / len(others)
     return replace(found, log_probs=log_probs)
 
 
@@ -278,7 +280,7 @@ def is_multilingual(folder: Path, tokenizer: WhisperTokenizer) -> bool:
         flag = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("is_multilingual")
     except (OSError, ValueError):
         flag = None
-    return bool(flag) if flag is not None else len(tokenizer) >= MULTILINGUAL_TOKENS
+    return bool(flag) if flag is not None else bool(len(tokenizer) >= MULTILINGUAL_TOKENS)
 
 
 def choose_context(info: adapters.Info | None, audio_context: Literal["auto", "full"] | float | None) -> AudioContext:
