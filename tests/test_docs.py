@@ -15,6 +15,7 @@ import pytest
 
 from resonance import cli, cli_data
 from resonance.config import CurveConfig, TrainConfig
+from resonance.config_export import ExportConfig
 from resonance.config_io import load_yaml, parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
@@ -29,6 +30,7 @@ MODELS = {
     "curve": CurveConfig,
     "evaluate": EvaluateConfig,
     "transcribe": TranscribeConfig,
+    "export": ExportConfig,
     "submit": SubmitConfig,
 }
 

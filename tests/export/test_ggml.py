@@ -111,8 +111,17 @@ def test_every_weight_is_there_by_whisper_cpp_s_layout(
 ) -> None:
     parsed = Parsed(written(quantization).read_bytes())
     assert parsed.head == {
-        "n_vocab": 51_865, "n_audio_ctx": 1500, "n_audio_state": 64, "n_audio_head": 2, "n_audio_layer": 2,
-        "n_text_ctx": 448, "n_text_state": 64, "n_text_head": 2, "n_text_layer": 2, "n_mels": 80, "ftype": ftype,
+        "n_vocab": 51_865,
+        "n_audio_ctx": 1500,
+        "n_audio_state": 64,
+        "n_audio_head": 2,
+        "n_audio_layer": 2,
+        "n_text_ctx": 448,
+        "n_text_state": 64,
+        "n_text_head": 2,
+        "n_text_layer": 2,
+        "n_mels": 80,
+        "ftype": ftype,
     }
     weights = openai_names(whisper)
     assert parsed.tensors.keys() == weights.keys()

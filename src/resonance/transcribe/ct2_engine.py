@@ -177,7 +177,7 @@ class _Aligned:
         return [found[i] for i in range(len(rows))]
 
     def _positions(self, row: int) -> int:
-        return min(max(round(self.seconds[row] * POSITIONS_PER_SECOND), 1), self.hidden.shape[1])
+        return min(max(round(self.seconds[row] * POSITIONS_PER_SECOND), 1), int(self.hidden.shape[1]))
 
     def starts(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Seconds at which each token of each text begins, and the last one ends: one more than tokens."""
