@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from resonance.data.textfile import write_text_atomic
-from resonance.model.load import Whisper
+from resonance.model.load import Whisper, quiet_libraries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -21,7 +21,8 @@ def write_hf(folder: Path, whisper: Whisper, quantization: str) -> None:
     """
     model = whisper.model.to(DTYPES[quantization])
     prepare_generation(model)
-    model.save_pretrained(str(folder))
+    with quiet_libraries():
+        model.save_pretrained(str(folder))
     write_side_files(folder, whisper)
 
 

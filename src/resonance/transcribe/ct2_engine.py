@@ -7,6 +7,7 @@ here what it was trained to hear.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -249,6 +250,7 @@ def load_ct2_recognizer(
     exports.check_ctranslate2(folder)
     record = exports.read_record(folder)
     info = adapters.read_info(folder) if (folder / adapters.INFO_FILE).is_file() else None
+    ctranslate2.set_log_level(logging.ERROR)  # it warns of numbers that the processor has not, and takes others
     if device == "auto":
         device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
     try:
