@@ -17,7 +17,7 @@ from transformers import GenerationConfig, WhisperForConditionalGeneration
 from resonance.cli import run
 from resonance.data.audio import read_audio
 from resonance.export import command, ctranslate2, hf
-from resonance.export.merge import merge
+from resonance.export.merge import is_tied, merge
 from resonance.model import adapters, exports
 from resonance.transcribe import decoding
 from resonance.transcribe.recognizer import DecodeSettings
@@ -78,6 +78,7 @@ def test_an_adapter_of_the_output_layer_leaves_the_token_embedding_alone(openai_
     from resonance.model.lora import add_lora
 
     source = load_recognizer(str(openai_shaped), device="cpu")
+    untouched = source.whisper.model.model.decoder.embed_tokens.weight.clone()
     model = add_lora(source.whisper.model, r=2, alpha=4, dropout=0.0, target_modules=["proj_out"]).eval()
     torch.nn.init.normal_(model.base_model.model.proj_out.lora_B["default"].weight)
     tuned = TorchRecognizer(
@@ -87,9 +88,11 @@ def test_an_adapter_of_the_output_layer_leaves_the_token_embedding_alone(openai_
         source.context,
     )
     before = logits(model)
+    assert not is_tied(model)
     merged = merge(tuned)
     assert (logits(merged) - before).abs().max() < 1e-4 * before.abs().max()
     assert merged.config.tie_word_embeddings is False
+    assert torch.equal(merged.model.decoder.embed_tokens.weight, untouched)
 
 
 @pytest.mark.parametrize("quantization", ["float32", "float16", "bfloat16"])

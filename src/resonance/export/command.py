@@ -20,7 +20,7 @@ from resonance.export.usage import context_notes, usage
 from resonance.messages import _
 from resonance.model import adapters, exports, runs
 from resonance.model.builtin import folder_of
-from resonance.transcribe.decoding import TOKENS_AT_LEAST, TOKENS_PER_SECOND
+from resonance.transcribe.decoding import TOKENS_AT_LEAST, TOKENS_PER_SECOND, unwrap
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
 from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import MEBIBYTE, SAMPLE_RATE, WINDOW_SECONDS
@@ -71,6 +71,8 @@ def export(config: ExportConfig, console: Console) -> Exported:
         )
     )
     source = load_recognizer(config.model_path, base_model=config.base_model, device="cpu")
+    if config.to == "ggml":
+        ggml.check_fits(unwrap(source.whisper.model), is_tied(source.whisper.model))
     check_space(folder, parameter_count(source.whisper.model) * BITS.get(config.quantized, BITS_IN_8) / 8 + SIDE_FILES)
     say(_("Check: {count} recordings, {source}").format(count=len(clips), source=clips_from))
     settings = DecodeSettings(config.language)
@@ -164,7 +166,6 @@ def write(config: ExportConfig, folder: Path, source: TorchRecognizer) -> Path:
     if config.to == "ctranslate2":
         ctranslate2.write_ctranslate2(folder, source.whisper, config.quantized)
         return folder
-    ggml.check_fits(source.whisper.model, is_tied(source.whisper.model))
     file = folder / f"ggml-model-{config.quantized}.bin"
     ggml.write_ggml(file, source.whisper, config.quantized)
     return file

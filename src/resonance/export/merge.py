@@ -31,7 +31,7 @@ def merge(recognizer: TorchRecognizer) -> Any:
         raise ValueError("merge into a base in 16 or 32 bits")
     if plain is model:
         return plain
-    if any(name.rsplit(".", 1)[-1] in TIED for name in adapted(model)):
+    if unties(model):
         # Whisper's output layer is its token embedding. An update of one is not one of the other.
         layer = getattr(plain.proj_out, "base_layer", plain.proj_out)
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -49,17 +49,15 @@ def merge(recognizer: TorchRecognizer) -> Any:
     return merged
 
 
-def adapted(model: Any) -> list[str]:
-    """Names of the modules that an adapter changes."""
-    return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+def unties(model: Any) -> bool:
+    """Whether an adapter changes the output layer or the token embedding, which are one in every Whisper of OpenAI's."""
+    return any(hasattr(module, "lora_A") and name.rsplit(".", 1)[-1] in TIED for name, module in model.named_modules())
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the output layer is the token embedding, as in every Whisper of OpenAI's."""
-    return bool(
-        model.proj_out.weight.data_ptr() == model.model.decoder.embed_tokens.weight.data_ptr()
-        or torch.equal(model.proj_out.weight, model.model.decoder.embed_tokens.weight)
-    )
+    """Whether output layer and token embedding will be the same once an adapter, if there is one, is merged."""
+    plain = unwrap(model)
+    return not unties(model) and plain.proj_out.weight.data_ptr() == plain.model.decoder.embed_tokens.weight.data_ptr()
 
 
 def parameter_count(model: Any) -> int:
