@@ -223,8 +223,12 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     command = ["transcribe", "--model_path", "never loaded", "--audio_path", str(audio), "--output_file"]
     assert run([*command, str(out)]) == 1
     assert str(out) in capsys.readouterr().err
-    assert run([*command, str(tmp_path)]) == 1  # a folder
+    assert run([*command, str(tmp_path), "--output_format", "json"]) == 1  # a folder
     assert str(tmp_path) in capsys.readouterr().err
+    command[-1] = "--output_dir"
+    for place in (out, tmp_path / "file"):
+        assert run([*command, str(place)]) == 1
+        assert str(place) in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")
@@ -315,7 +319,7 @@ def test_a_report_and_texts_that_cannot_be_written_leave_what_was_there(
     tmp_path: Path, finished_run: Path, after: Callable[..., None], capsys: Capture
 ) -> None:
     from resonance.evaluate import evaluation
-    from resonance.transcribe import output
+    from resonance.transcribe import sinks
 
     out = tmp_path / "out"
     out.mkdir()
@@ -325,18 +329,24 @@ def test_a_report_and_texts_that_cannot_be_written_leave_what_was_there(
     assert run(["evaluate", "--model_path", str(finished_run), "--output_dir", str(out)]) == 1
     release()
     assert str(out / "report.html") in (said := capsys.readouterr().err) and "Traceback" not in said
-    after(output, "write_text_atomic", 1, 500)
+    after(sinks, "write_text_atomic", 1, 500)
     audio = finished_run.parent / "recordings" / "audio"
     command = ["transcribe", "--model_path", str(finished_run), "--audio_path", str(audio)]
-    assert run([*command, "--output_file", str(out / "texts.json")]) == 1
+    command += ["--output_file", str(out / "texts.json")]
+    assert run(command) == 1  # not ours, so not replaced
+    assert str(out / "texts.json") in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert run([*command, "--overwrite"]) == 1
     release()
-    said_now = capsys.readouterr()
-    assert str(out / "texts.json") in said_now.err
-    assert len(said_now.out.splitlines()) >= 12  # the texts are printed: the work is not lost
-    assert {path.name: path.read_text() for path in out.iterdir()} == {
+    assert str(out / "texts.json") in capsys.readouterr().err
+    assert {
+        path.name: path.read_text() for path in out.iterdir() if path.suffix != ".jsonl" and path.name[0] != "."
+    } == {
         "report.html": "an older one",
         "texts.json": "older texts",
     }
+    assert len((out / "texts.json.part.jsonl").read_text().splitlines()) == 12  # the work is not lost
+    assert run(command) == 0
+    assert "12 texts" in capsys.readouterr().out and len(json.loads((out / "texts.json").read_text())) == 12
 
 
 @pytest.fixture

@@ -196,7 +196,11 @@ def test_sigterm_while_transcribing_leaves_nothing_half_written(
     command = ["transcribe", "--model_path", str(finished_run), "--audio_path", str(audio), "--batch_size", "2"]
     assert run([*command, "--output_file", str(out)]) == 143
     assert capsys.readouterr().err == "Stopped.\n"
-    assert list(out.parent.iterdir()) == []
+    kept = {".texts.json.settings.json", "texts.json.part.jsonl"}  # what a later run goes on with
+    assert {path.name for path in out.parent.iterdir()} <= kept
+    monkeypatch.undo()
+    assert run([*command, "--output_file", str(out)]) == 0
+    assert {path.name for path in out.parent.iterdir()} == {".texts.json.settings.json", "texts.json"}
 
 
 @BOTH

@@ -22,7 +22,8 @@ def audio(finished_run: Path) -> list[Path]:
 
 
 def transcribe(model: Path, *flags: object) -> int:
-    return run(["transcribe", "--model_path", str(model), *map(str, flags)])
+    """Tones are no speech: what the model makes of them is kept unless a test says otherwise."""
+    return run(["transcribe", "--model_path", str(model), "--skip_nonspeech=False", *map(str, flags)])
 
 
 def test_one_recording_prints_its_text_alone_and_several_with_their_names(
@@ -50,7 +51,96 @@ def test_the_output_file_has_every_recording_in_the_order_of_the_list(
     assert [row["audio_path"] for row in rows] == wanted
     assert all(set(row) == {"audio_path", "text", "language", "duration", "segments"} for row in rows)
     assert all(0 <= s["start"] <= s["end"] <= row["duration"] + 0.01 for row in rows for s in row["segments"])
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    # Beside it only the record of model and settings, which the next run looks at.
+    assert {path.name for path in out.parent.iterdir()} == {out.name, f".{out.name}.settings.json"}
+
+
+def test_texts_of_another_model_are_not_taken_for_this_one_s(
+    finished_run: Path, tiny_model: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    flags = ("--audio_path", audio[0], "--language", "en", "--output_file", tmp_path / "x.json")
+    assert transcribe(finished_run, *flags) == 0
+    tuned = (tmp_path / "x.json").read_text()
+    assert transcribe(finished_run / "adapter", *flags, "--batch_size", 1) == 0  # the same by another name
+    assert transcribe(tiny_model, *flags) == 1
+    said = capsys.readouterr().err
+    assert "model_path was" in said and str(tiny_model) in said and "--overwrite" in said
+    assert (tmp_path / "x.json").read_text() == tuned
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", ".x.json.settings.json"}
+    assert transcribe(tiny_model, *flags, "--overwrite") == 0
+    capsys.readouterr()
+    assert transcribe(tiny_model, *flags) == 0 and "has all 1 texts" in capsys.readouterr().out
+    assert transcribe(finished_run, *flags) == 1
+
+
+def test_subtitles_are_laid_out_anew_without_transcribing_again(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    shutil.copy(audio[0], tmp_path / "talk.wav")
+    flags = ("--audio_path", tmp_path / "talk.wav", "--output_file", tmp_path / "talk.srt", "--max_line_length")
+    assert transcribe(finished_run, *flags, 42) == 0
+    first = (tmp_path / "talk.srt").read_text(encoding="utf-8")
+    (tmp_path / "talk.wav").write_bytes(b"gone")
+    assert transcribe(finished_run, *flags, 8) == 0
+    assert (tmp_path / "talk.srt").read_text(encoding="utf-8") != first
+    assert transcribe(finished_run, *flags, 42) == 0
+    assert (tmp_path / "talk.srt").read_text(encoding="utf-8") == first
+
+
+def test_each_recording_has_a_file_in_each_format(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    for folder in ("mon", "tue"):
+        (tmp_path / "calls" / folder).mkdir(parents=True)
+        shutil.copy(audio[0], tmp_path / "calls" / folder / "call.wav")
+    flags = ("--audio_path", tmp_path / "calls" / "**" / "*.wav", "--output_dir", tmp_path / "out")
+    assert transcribe(finished_run, *flags, "--output_format", "txt,srt,vtt,tsv,json,jsonl") == 0
+    assert f"2 texts written to {tmp_path / 'out'}" in capsys.readouterr().out
+    made = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*") if path.name[0] != "."
+    }
+    assert made == {
+        f"{day}/call.{form}" for day in ("mon", "tue") for form in ("txt", "srt", "vtt", "tsv", "json", "jsonl")
+    }
+    row = json.loads((tmp_path / "out" / "mon" / "call.json").read_text(encoding="utf-8"))
+    assert row == json.loads((tmp_path / "out" / "mon" / "call.jsonl").read_text(encoding="utf-8"))
+    assert row["audio_path"] == str(tmp_path / "calls" / "mon" / "call.wav") and row["segments"]
+    assert (tmp_path / "out" / "mon" / "call.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n\n00:00:0")
+
+
+@pytest.mark.parametrize("form", ["txt", "tsv", "json", "jsonl"])
+def test_a_format_without_a_file_is_printed(
+    form: str, finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    assert transcribe(finished_run, "--audio_path", audio[0].parent, "--output_format", form) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / f"x.{form}"
+    assert transcribe(finished_run, "--audio_path", audio[0].parent, "--output_file", out) == 0
+    assert printed == out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--output_file", "x.doc"), "txt, srt, vtt, tsv, json, jsonl"),
+        (("--output_file", "x.srt"), "--output_dir"),
+        (("--output_format", "vtt"), "--output_dir"),
+        (("--output_format", "txt,json"), "Several formats"),
+        (("--output_format", "pdf"), "one or several of txt, srt"),
+        (("--output_file", "x.txt", "--output_dir", "out"), "either output_file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(
+    flags: tuple[str, ...],
+    words: str,
+    audio: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert transcribe(Path("never loaded"), "--audio_path", audio[0].parent, *flags) == 2
+    assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_recording_ends_with_1_and_the_other_s_text(
@@ -94,5 +184,5 @@ def test_long_recordings_of_real_speech_are_read_to_their_end(
     word, rate = soundfile.read(shared / "data" / "torgo" / "audio" / "M03_Session2_0009.flac")
     silence = np.zeros(20 * rate)
     soundfile.write(tmp_path / "long.flac", np.concatenate([word, silence, word, silence, silence, word]), rate)
-    assert transcribe(real_model, "--audio_path", tmp_path / "long.flac", "--language", "en") == 0
+    assert transcribe(real_model, "--audio_path", tmp_path / "long.flac", "--language", "en", "--skip_nonspeech") == 0
     assert capsys.readouterr().out.lower().split().count("ship") == 3

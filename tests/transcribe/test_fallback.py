@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resonance.transcribe.fallback import Decoded, compression_ratio, with_fallback
-from resonance.transcribe.recognizer import FALLBACK_TEMPERATURES, DecodeSettings
+from resonance.transcribe.recognizer import DecodeSettings
 
+FALLBACK_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LOOP, GOOD, POOR, WORSE = "no no no no no no no no no no no no no no no no no", "hello", "hallo", "hullo"
 PROBABILITY = {LOOP: -0.1, GOOD: -0.3, POOR: -1.5, WORSE: -2.5}
 

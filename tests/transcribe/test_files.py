@@ -101,7 +101,7 @@ def test_times_of_a_part_of_a_file_count_from_the_part(tmp_path: Path) -> None:
 def test_windows_are_joined_as_the_script_is_written(texts: list[str], joined: str, tmp_path: Path) -> None:
     recording = files.Recording(Span(tmp_path / "a.wav"), read=True)
     for i, text in enumerate(texts):
-        window = files.Window(float(i), 1.0, None, np.zeros(0, np.float32))
+        window = files.Window(float(i), 1.0, None, (0.0, 1.0), np.zeros(0, np.float32))
         recording.heard.append((window, Transcript(text, "zh", (TimedText(0.0, 1.0, text),) if text else ())))
     assert files._result(recording, DecodeSettings(), LongAudio()).text == joined
 

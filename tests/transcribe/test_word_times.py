@@ -13,8 +13,8 @@ from resonance.data.audio_context import AudioContext
 from resonance.data.batches import batch_features
 from resonance.model.load import load_whisper
 from resonance.transcribe.decoding import encode
-from resonance.transcribe.recognizer import Word
-from resonance.transcribe.segments import place_words, sentences, split_at_times
+from resonance.transcribe.recognizer import TimedText, Word
+from resonance.transcribe.segments import follows_speech, place_words, sentences, split_at_times, spread
 from resonance.transcribe.word_times import alignment_heads, best_path, token_starts
 
 
@@ -103,6 +103,19 @@ def test_a_sentence_ends_at_its_mark_or_at_a_pause() -> None:
     texts = [s.text for s in sentences([Word(start, start + 0.4, text, 0.9) for text, start in words])]
     assert texts == ["One two.", "Three four", "five"]
     assert list(sentences([])) == []
+
+
+def test_times_that_fall_together_are_spread_over_the_speech_by_the_length_of_the_texts() -> None:
+    words = (Word(1.9, 1.9, " ab", 0.9), Word(1.9, 1.9, " cdefg", 0.9))
+    segments = [TimedText(1.9, 1.9, "ab cdefg", 0.9, words), TimedText(1.9, 1.9, "ijklmnop")]
+    assert not follows_speech(segments, 1.0, 3.0)
+    first, second = spread(segments, 1.0, 3.0)
+    assert (first.start, first.end) == (1.0, 2.0) and (second.start, second.end) == (2.0, 3.0)
+    assert [(word.start, word.end) for word in first.words] == [
+        (1.0, pytest.approx(4 / 3)),
+        (pytest.approx(4 / 3), 2.0),
+    ]
+    assert follows_speech([first, second], 1.0, 3.0)
 
 
 FIRST = 1000  # the id of <|0.00|>

@@ -34,8 +34,8 @@ from resonance.messages import _
 from resonance.model import adapters, runs
 from resonance.progress_bar import progress_bar
 from resonance.transcribe.files import Span, transcribe_files
-from resonance.transcribe.output import check_writable
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer
+from resonance.transcribe.sinks import check_writable
 from resonance.transcribe.torch_engine import TorchRecognizer, load_recognizer
 from resonance.units import SAMPLE_RATE
 

@@ -18,7 +18,7 @@ from resonance.messages import _
 from resonance.transcribe.longform import Samples, Window, windows
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, TimedText, Transcript
 from resonance.transcribe.result import FileResult
-from resonance.transcribe.segments import joined
+from resonance.transcribe.segments import follows_speech, joined, spread
 from resonance.transcribe.sequential import decode_in_sequence
 from resonance.transcribe.speech import nobody_spoke
 from resonance.units import WINDOW_SECONDS
@@ -261,7 +261,10 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
         language = language or heard.language
         if not heard.text:
             continue
-        shifted = [_shifted(segment, window.start) for segment in heard.segments]
+        pieces = heard.segments
+        if settings.times != "none" and not heard.timed and not follows_speech(pieces, *window.spoken):
+            pieces = spread(pieces, *window.spoken)
+        shifted = [_shifted(segment, window.start) for segment in pieces]
         if long_audio.skip_nonspeech and nobody_spoke(
             window.speech,
             heard,

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from resonance.transcribe.speech import FRAME, Listener, speech_in
+from resonance.transcribe.speech import FRAME, Listener, speech_in, spoken_in
 from resonance.units import SAMPLE_RATE
 
 Samples = npt.NDArray[np.float32]
 
 PAUSE_FRAMES = 7  # of 32 ms: what is judged at once, so that a cut falls into a pause and not into a stop consonant
 QUIET_WEIGHT = 0.2  # how much loudness counts beside the probability of speech
-LATE_WEIGHT = 0.1  # and how much an early place, which makes more windows of a recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +24,7 @@ class Window:
     start: float  # seconds into the recording
     seconds: float
     speech: float | None  # 0-1, how sure it is that somebody speaks; None: no detector
+    spoken: tuple[float, float]  # seconds between which somebody speaks, from the start of the window
     audio: Samples  # float32 [samples] at 16 kHz
 
 
@@ -41,8 +41,8 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     done = 0  # samples in windows so far
 
     def window(length: int) -> Window:
-        speech = speech_in(heard[: -(-length // FRAME)])
-        return Window(done / SAMPLE_RATE, length / SAMPLE_RATE, speech, held[:length])
+        found, seconds = heard[: -(-length // FRAME)], length / SAMPLE_RATE
+        return Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), held[:length])
 
     for block in blocks:
         held = np.concatenate([held, block])
@@ -71,6 +71,5 @@ def best_cut(audio: Samples, speech: npt.NDArray[np.float32]) -> int:
     known = speech[first : first + len(frames)]
     if len(known):
         cost = QUIET_WEIGHT * cost + np.pad(known, (0, len(frames) - len(known)), mode="edge")
-    cost = cost + LATE_WEIGHT * np.linspace(1, 0, len(cost))
     smooth = np.convolve(cost, np.ones(PAUSE_FRAMES), mode="valid")
     return (first + int(smooth.argmin()) + PAUSE_FRAMES // 2) * FRAME + FRAME // 2

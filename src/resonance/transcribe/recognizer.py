@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from resonance.transcribe.phrases import PhraseHelp
 
 Times = Literal["none", "segment", "word"]
-# Tried in turn where a text looks wrong, as openai/whisper's transcribe.py has them.
-FALLBACK_TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

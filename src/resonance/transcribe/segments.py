@@ -15,6 +15,7 @@ from resonance.units import TIMESTAMP_STEP_SECONDS
 
 SENTENCE_ENDS = ".?!。？！"
 PAUSE_SECONDS = 1.0  # between two words: a new sentence, where the model writes no times itself
+FOLLOWED_SHARE = 0.4  # of the time in which somebody speaks: less is covered only where attention does not follow
 LONGEST_WORD_SECONDS = 0.7  # of the median word, as openai/whisper's timing.py has it; twice that is too long for any
 
 
@@ -208,6 +209,29 @@ def within(segment: TimedText, end: float) -> TimedText:
     """Not beyond the timestamp that the model wrote behind it: sequential decoding goes on there."""
     words = tuple(replace(word, start=min(word.start, end), end=min(word.end, end)) for word in segment.words)
     return replace(segment, start=min(segment.start, end), end=min(segment.end, end), words=words)
+
+
+def spread(segments: Sequence[TimedText], start: float, end: float) -> tuple[TimedText, ...]:
+    """The same texts, with times by their share of the characters between `start` and `end`, where the speech is."""
+    total = max(sum(len(segment.text) for segment in segments), 1)
+    a_character, at, placed = (end - start) / total, start, []
+    for segment in segments:
+        until = at + a_character * len(segment.text)
+        word_at, words = at, []
+        share = (until - at) / max(sum(len(word.text) for word in segment.words), 1)
+        for word in segment.words:
+            word_end = min(word_at + share * len(word.text), until)
+            words.append(replace(word, start=word_at, end=word_end))
+            word_at = word_end
+        placed.append(replace(segment, start=at, end=until, words=tuple(words)))
+        at = until
+    return tuple(placed)
+
+
+def follows_speech(segments: Sequence[TimedText], start: float, end: float) -> bool:
+    """Whether times from attention cover the speech between `start` and `end`. Where no head follows it, they fall together."""
+    timed = [piece for segment in segments for piece in (segment.words or (segment,))]
+    return sum(piece.end - piece.start for piece in timed) > FOLLOWED_SHARE * (end - start)
 
 
 def joined(first: str, second: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from resonance.transcribe.longform import Samples, Window
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, Transcript
 from resonance.transcribe.segments import joined
-from resonance.transcribe.speech import Listener, speech_in
+from resonance.transcribe.speech import Listener, speech_in, spoken_in
 from resonance.units import SAMPLE_RATE
 
 TOO_HOT = 0.5  # what was drawn above this temperature is no help for what follows (openai/whisper, `transcribe.py`)
@@ -47,8 +47,8 @@ def decode_in_sequence(
         if heard.complete_until and (more or len(held) > most):
             length = min(max(round(heard.complete_until * SAMPLE_RATE), 1), length)
             heard = _complete(heard)
-        speech = speech_in(Listener().hear(audio[:length], last=True))
-        yield Window(done / SAMPLE_RATE, length / SAMPLE_RATE, speech, audio[:length]), heard
+        found, seconds = Listener().hear(audio[:length], last=True), length / SAMPLE_RATE
+        yield Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio[:length]), heard
         held, done = held[length:], done + length
         if condition_on_previous_text:
             before = f"{before} {heard.text}".strip() if heard.temperature <= TOO_HOT else ""

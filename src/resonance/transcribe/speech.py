@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resonance.transcribe.recognizer import Transcript
+from resonance.units import SAMPLE_RATE
 
 FRAME = 512  # samples that Silero judges at once: 32 ms
 BEFORE = 64  # samples before each frame that Silero looks at too
@@ -76,6 +77,14 @@ def speech_in(probabilities: npt.NDArray[np.float32]) -> float | None:
     if not len(probabilities):
         return None
     return float(np.sort(probabilities)[-LOUDEST_FRAMES:].mean())
+
+
+def spoken_in(probabilities: npt.NDArray[np.float32], seconds: float) -> tuple[float, float]:
+    """Seconds at which speech begins and ends in these frames of a clip; the whole clip where none is found."""
+    speaks = np.flatnonzero(probabilities > SOMEBODY)
+    if not len(speaks):
+        return 0.0, seconds
+    return float(speaks[0]) * FRAME / SAMPLE_RATE, min(float(speaks[-1] + 1) * FRAME / SAMPLE_RATE, seconds)
 
 
 def nobody_spoke(
