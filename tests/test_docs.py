@@ -106,7 +106,13 @@ def test_the_tutorials_have_the_same_commands_in_every_language() -> None:
     def typed(page: str) -> list[list[str]]:
         return [words for words in commands(ROOT / page) if words[0] != "export"]
 
-    least = {"README": 7, "docs/tutorial": 7, "docs/how-to-sagemaker": 7, "docs/how-to-transcribe": 7, "docs/how-to-export": 4}
+    least = {
+        "README": 7,
+        "docs/tutorial": 7,
+        "docs/how-to-sagemaker": 7,
+        "docs/how-to-transcribe": 7,
+        "docs/how-to-export": 4,
+    }
     for name, count in least.items():
         assert len(typed(f"{name}.md")) >= count
         for tag in ("zh-CN", "zh-TW"):
