@@ -13,6 +13,7 @@ from resonance.errors import MissingExtraError
 from resonance.export.hf import prepare_generation, write_side_files
 from resonance.messages import _
 from resonance.model.load import Whisper
+from resonance.transcribe.word_times import alignment_heads
 
 
 def need_ctranslate2() -> None:
@@ -33,7 +34,8 @@ def has_faster_whisper(folder: Path) -> bool:
 def write_ctranslate2(folder: Path, whisper: Whisper, quantization: str) -> None:
     """`model.bin`, `config.json` with languages, suppressed tokens and alignment heads, the vocabulary and side files.
 
-    CTranslate2's converter wants a folder with the model; this one takes it from memory.
+    CTranslate2's converter wants a folder with the model; this one takes it from memory. The model is of no use afterwards:
+    what is rounded is rounded in place (4.8).
     """
     from ctranslate2.converters.converter import Converter
     from ctranslate2.converters.transformers import WhisperLoader
@@ -43,6 +45,8 @@ def write_ctranslate2(folder: Path, whisper: Whisper, quantization: str) -> None
             with torch.no_grad():
                 return WhisperLoader()(whisper.model, whisper.tokenizer)
 
+    # Those of a model whose decoder was made shorter may name layers that are not there any more.
+    whisper.model.generation_config.alignment_heads = [list(head) for head in alignment_heads(whisper.model)]
     Loaded().convert(str(folder), quantization=quantization, force=True)
     prepare_generation(whisper.model)
     whisper.model.generation_config.save_pretrained(str(folder))  # our engine reads language ids there

@@ -92,6 +92,7 @@ def check_ctranslate2(folder: Path) -> None:
 
 
 def default_folder(model_path: str, to: Format) -> Path | None:
-    """Where an export of `model_path` lies if nobody says otherwise: in its run folder. None where it lies in none."""
-    run = runs.containing(Path(folder_of(model_path)).expanduser().resolve())
-    return run.path / to if run else None
+    """Where an export of `model_path` lies if nobody says otherwise: in the run folder that it is, or is the result of."""
+    folder = Path(folder_of(model_path)).expanduser().resolve()
+    run = runs.containing(folder)
+    return run.path / to if run and folder in (run.path, run.result) else None
