@@ -102,3 +102,20 @@ def test_streaming_compares_both_loaders_and_watches_memory_by_epochs(padding_mo
     assert len(result["rounds"]) == 1 and result["rounds"][0]["listed"] > 0 and result["rounds"][0]["streamed"] > 0
     assert len(result["memory_mib"]) == 3 and min(result["memory_mib"]) > 100
     assert result["last_epoch_read"] >= 1
+
+
+def test_phrases_compares_with_and_without_the_list_and_keeps_no_text(
+    tiny_model: Path, recordings: Callable[..., Path], tmp_path: Path
+) -> None:
+    labels = recordings(6)
+    rows = json.loads(labels.read_text(encoding="utf-8"))
+    labels.write_text(
+        json.dumps([{**row, "speaker": f"S{i % 2}", "dysarthric": True} for i, row in enumerate(rows)]),
+        encoding="utf-8",
+    )
+    lines, result = run("phrases.py", "--model", tiny_model, "--data", labels, out=tmp_path / "r.json")
+    assert re.fullmatch(r"gain -?\d+\.\d\d", lines[-1])
+    assert result["all"]["recordings"] == 6 and [s["phrases"] for s in result["speakers"].values()] == [3, 3]
+    accepted = [row["off_list_accepted"]["count"] for row in result["all"]["rejection"]]
+    assert accepted[0] == 6 and accepted == sorted(accepted, reverse=True)
+    assert "phrase a0" not in (tmp_path / "r.json").read_text(encoding="utf-8")

@@ -14,7 +14,10 @@ from resonance.units import SAMPLE_RATE
 Samples = npt.NDArray[np.float32]
 
 PAUSE_FRAMES = 7  # of 32 ms: what is judged at once, so that a cut falls into a pause and not into a stop consonant
-QUIET_WEIGHT = 0.2  # how much loudness counts beside the probability of speech
+QUIET_WEIGHT = 0.2  # how much the loudness, by that of the loudest frame, counts beside the probability of speech
+# And how much an early place, which makes more windows of a recording. Measured on TORGO, AISHELL and single words joined with
+# gaps: 0.1 makes a fifth fewer windows of 30 s than 0 and tears as few words; the longest pause in place of the surest tears more.
+EARLY_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,5 +74,6 @@ def best_cut(audio: Samples, speech: npt.NDArray[np.float32]) -> int:
     known = speech[first : first + len(frames)]
     if len(known):
         cost = QUIET_WEIGHT * cost + np.pad(known, (0, len(frames) - len(known)), mode="edge")
+    cost += EARLY_WEIGHT * np.linspace(1, 0, len(cost))
     smooth = np.convolve(cost, np.ones(PAUSE_FRAMES), mode="valid")
     return (first + int(smooth.argmin()) + PAUSE_FRAMES // 2) * FRAME + FRAME // 2
