@@ -85,8 +85,7 @@ def export(config: ExportConfig, console: Console) -> Exported:
             hf.write_json(
                 temporary / adapters.INFO_FILE, info.model_copy(update={"kind": "full"}).model_dump(mode="json")
             )
-        recognizer = load_again(config, temporary, file, source)
-        transcripts, seconds = transcribe(recognizer, clips, settings)
+        transcripts, seconds = transcribe(load_again(config, temporary, file, source), clips, settings)
         own = Comparison(clips, original.texts, [transcript.text for transcript in transcripts])
         say(own.verdict())
         elsewhere = in_faster_whisper(config, temporary, clips, original, info)

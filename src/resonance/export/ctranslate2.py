@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from resonance.errors import MissingExtraError
-from resonance.export.hf import prepare_generation, write_side_files
+from resonance.export.hf import DTYPES, prepare_generation, write_side_files
 from resonance.messages import _
 from resonance.model.load import Whisper
 from resonance.transcribe.word_times import alignment_heads
@@ -45,6 +45,8 @@ def write_ctranslate2(folder: Path, whisper: Whisper, quantization: str) -> None
             with torch.no_grad():
                 return WhisperLoader()(whisper.model, whisper.tokenizer)
 
+    if quantization in DTYPES:
+        whisper.model.to(DTYPES[quantization])  # in place: CTranslate2 would make a second model of it
     # Those of a model whose decoder was made shorter may name layers that are not there any more.
     whisper.model.generation_config.alignment_heads = [list(head) for head in alignment_heads(whisper.model)]
     Loaded().convert(str(folder), quantization=quantization, force=True)
