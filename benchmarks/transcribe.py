@@ -155,8 +155,8 @@ def long_recording(given: argparse.Namespace, folder: Path, clips: list[np.ndarr
 def our_engines(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """PyTorch and CTranslate2 in 32 and 8 bits, at the length of the recording and at 30 s; and CTranslate2's folder."""
     from ctranslate2.converters import TransformersConverter
-    from resonance.transcribe.ct2_engine import load_ct2_recognizer
 
+    from resonance.transcribe.ct2_engine import load_ct2_recognizer
     from resonance.transcribe.torch_engine import load_recognizer
 
     files = ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"]

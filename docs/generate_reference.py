@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from resonance import cli, cli_data, cli_sagemaker, passthrough
 from resonance.config import CurveConfig, TrainConfig
+from resonance.config_export import ExportConfig
 from resonance.config_help import description, expected
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
@@ -46,6 +47,7 @@ TAIL = """
 | `events.jsonl` | one JSON object for each row of the log: step, loss, learning rate, error rates, memory … |
 | `runs/` | the same for TensorBoard: `tensorboard --logdir RUN/runs` |
 | `checkpoints/` | where `--resume` goes on |
+| `hf/`, `ctranslate2/`, `ggml/` | written by `resonance export`; `export.json` in them says what they were made from and how near their texts are |
 | `report.html`, `report.json` | written by `resonance evaluate` |
 
 ## Exit codes
@@ -71,7 +73,12 @@ TAIL = """
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for model, name in ((TrainConfig, "train"), (EvaluateConfig, "evaluate"), (TranscribeConfig, "transcribe")):
+    for model, name in (
+        (TrainConfig, "train"),
+        (EvaluateConfig, "evaluate"),
+        (TranscribeConfig, "transcribe"),
+        (ExportConfig, "export"),
+    ):
         parts += settings(model, f"resonance {name}")
     parts += settings(PlanConfig, "resonance plan", beside=TrainConfig)
     parts += settings(CurveConfig, "resonance curve", beside=TrainConfig)

@@ -213,3 +213,97 @@ def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     labels = write_recordings(folder / "recordings", 12, (0.4, 1.2))
     assert run(train_command(tiny_model, labels, folder / "run")) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def openai_shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a multilingual Whisper: 51,865 tokens in OpenAI's order, 2+2 layers, 64 wide. It says different things for
+    different sounds, and one text is far more likely than the next, as with a real one."""
+    return build_openai_shaped(tmp_path_factory.mktemp("model") / "random-whisper")
+
+
+def build_openai_shaped(folder: Path, seed: int = 0) -> Path:
+    import itertools
+
+    import torch
+    from transformers import (
+        AddedToken,
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    characters = list(bytes_to_unicode().values())
+    # 256 bytes and pairs of them, 50,256 in all; OpenAI's 50,257th is empty.
+    pairs = list(itertools.islice(itertools.product(characters, characters), 50_000))
+    vocabulary = {token: i for i, token in enumerate([*characters, *(a + b for a, b in pairs), "", "<|endoftext|>"])}
+    specials = ["<|startoftranscript|>", *(f"<|{code}|>" for code in list(LANGUAGES)[:99])]
+    specials += [
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|startoflm|>",
+        "<|startofprev|>",
+        "<|nospeech|>",
+        "<|notimestamps|>",
+    ]
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=pairs)
+    tokenizer.add_tokens(specials, special_tokens=True)
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", normalized=False, special=False) for i in range(1501)])
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ["<|endoftext|>", *specials]}
+    assert len(tokenizer) == 51_865
+
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=51_865,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        init_std=0.3,
+        pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|endoftext|>"],
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        prev_sot_token_id=ids["<|startofprev|>"],
+        max_initial_timestamp_index=50,
+        max_length=448,
+        is_multilingual=True,
+        return_timestamps=False,
+        lang_to_id={f"<|{code}|>": ids[f"<|{code}|>"] for code in list(LANGUAGES)[:99]},
+        task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        alignment_heads=[[1, 0], [1, 1]],
+        suppress_tokens=[5, 6, 7, *range(50_258, 50_364)],
+        begin_suppress_tokens=[220, 50_257],
+    )
+    model.generation_config._from_model_config = False  # the language ids are dropped on reload otherwise
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned_run(openai_shaped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `finished_run`, with an adapter for `openai_shaped`. For reading only."""
+    from resonance.cli import run
+
+    folder = tmp_path_factory.mktemp("tuned")
+    labels = write_recordings(folder / "recordings", 8, (0.4, 1.2))
+    flags = ("--language=en", "--context_alignment_steps=0", "--target_modules=all-linear", "--eval_strategy=no")
+    assert run(train_command(openai_shaped, labels, folder / "run", *flags)) == 0
+    return folder / "run"

@@ -12,6 +12,7 @@ import pytest
 
 from resonance import messages
 from resonance.config import CurveConfig, TrainConfig
+from resonance.config_export import ExportConfig
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_sagemaker import SubmitConfig
@@ -29,7 +30,7 @@ def literals() -> Iterator[tuple[str, str]]:
                     yield where, node.args[0].value
                 else:  # only the help of settings, which comes below
                     assert path.name == "config_help.py", f"{where}: _() takes a literal"
-    for model in (TrainConfig, PlanConfig, CurveConfig, EvaluateConfig, TranscribeConfig, SubmitConfig):
+    for model in (TrainConfig, PlanConfig, CurveConfig, EvaluateConfig, TranscribeConfig, ExportConfig, SubmitConfig):
         yield from ((model.__name__, " ".join(paragraph.split())) for paragraph in (model.__doc__ or "").split("\n\n"))
         yield from ((model.__name__, title) for title in model.groups.values())
         for name, field in model.model_fields.items():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from resonance import __version__
 from resonance.config import CurveConfig, TrainConfig
+from resonance.config_export import ExportConfig
 from resonance.config_io import parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
@@ -148,6 +149,7 @@ def overview() -> str:
         ("train", _("fine-tune Whisper on recordings and their transcripts")),
         ("evaluate", _("compare the result with the model it was made from, on held-out recordings")),
         ("transcribe", _("turn recordings into text")),
+        ("export", _("write the result for other programs: faster-whisper, whisper.cpp, Hugging Face")),
         ("curve", _("train on 10, 30, 50, 100 recordings: would recording more help?")),
         ("demo", _("the whole way on recordings that come with it, offline, in minutes")),
         ("data check", _("find recordings and transcripts that would spoil a training")),
@@ -248,6 +250,23 @@ def transcribe(argv: list[str]) -> int:
     return transcribe_to_output(config)
 
 
+def export(argv: list[str]) -> int:
+    config = parse(ExportConfig, argv, "resonance export")
+    from resonance.export.command import export
+
+    console = plain_console()
+    result = export(config, console)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
+    console.print(
+        _("The result is in {folder} ({size:.0f} MB). Use it:").format(folder=result.folder, size=result.size / 1e6),
+        soft_wrap=True,
+    )
+    for command in result.commands:
+        console.print(f"  {command}", soft_wrap=True)
+    return 0
+
+
 def curve(argv: list[str]) -> int:
     config = parse(CurveConfig, argv, "resonance curve")
     from resonance.evaluate.curve import advice, format_table
@@ -315,6 +334,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "evaluate": evaluate,
     "transcribe": transcribe,
+    "export": export,
     "curve": curve,
     "demo": demo,
     "doctor": doctor,

@@ -233,8 +233,8 @@ def optional() -> Iterator[Row]:
         "wandb": (_("logs at Weights & Biases: --use_wandb"), "wandb>=0.19"),
         "sagemaker-core": (_("trainings on rented machines of Amazon: resonance sagemaker"), "sagemaker-core"),
         "deepspeed": (_("training on many GPUs") + " " + later, "deepspeed"),
-        "ctranslate2": (_("faster transcription") + " " + later, "ctranslate2"),
-        "faster-whisper": (_("faster transcription") + " " + later, "faster-whisper"),
+        "ctranslate2": (_("faster transcription on processors: resonance export --to ctranslate2"), "ctranslate2>=4.6"),
+        "faster-whisper": (_("a second opinion on what is exported for it"), "faster-whisper>=1.2"),
     }
     for name, (use, requirement) in uses.items():
         try:

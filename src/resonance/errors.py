@@ -54,6 +54,10 @@ class AdapterError(ModelError):
     """An adapter folder that is incomplete, damaged or made for another base model."""
 
 
+class ExportError(ModelError):
+    """A model that cannot be written in a format, or that no longer understands the same when it is."""
+
+
 class RunFolderError(ResonanceError):
     """An output folder that is in use, finished, not writable or full."""
 

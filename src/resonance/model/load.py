@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from resonance.errors import MissingExtraError, ModelError
 from resonance.messages import _
+from resonance.model import exports
 from resonance.model.allocator import return_large_blocks
 from resonance.model.builtin import folder_of
 from resonance.model.context import allow_any_audio_context
@@ -156,6 +157,8 @@ def check_folder(name: str) -> None:
                 ).format(name=name)
             )
         return
+    if exports.is_ctranslate2(folder) or any(folder.glob("ggml-*.bin")):
+        raise not_for_torch(folder)
     missing = [f for f in ("config.json", "tokenizer.json", "preprocessor_config.json") if not (folder / f).is_file()]
     if "tokenizer.json" in missing and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         missing.remove("tokenizer.json")
@@ -177,6 +180,20 @@ def check_folder(name: str) -> None:
                 folder=folder, names=", ".join(missing)
             )
         )
+
+
+def not_for_torch(folder: Path) -> ModelError:
+    """Why PyTorch does not take a folder that was exported for other programs, and what it takes."""
+    record = exports.read_record(folder)
+    if record is None:
+        return ModelError(
+            _(
+                "{folder} is a model for other programs, which PyTorch cannot read. Give the model that it was made from."
+            ).format(folder=folder)
+        )
+    text = _("{folder} is a model for {format}, which PyTorch cannot read. It was made from {source}: give that.")
+    name = {"ctranslate2": "CTranslate2", "ggml": "whisper.cpp", "hf": "Hugging Face"}[record.format]
+    return ModelError(text.format(folder=folder, format=name, source=record.source))
 
 
 def explain(name: str, error: Exception) -> str:

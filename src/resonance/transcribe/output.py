@@ -75,7 +75,7 @@ def transcribe_into(
     mine: Ranks,
 ) -> None:
     """Rows of all recordings, each as it is finished. One that cannot be read is said on stderr and stops no other."""
-    from resonance.transcribe.torch_engine import load_recognizer
+    from resonance.transcribe.engines import load_recognizer_for
 
     settings = decode_settings(config, times, scores=bool({"json", "jsonl"} & set(formats)))
     long_audio = LongAudio(
@@ -86,9 +86,7 @@ def transcribe_into(
         config.condition_on_previous_text,
     )
     use_own_gpu(mine)
-    recognizer = load_recognizer(
-        config.model_path, base_model=config.base_model, device=config.device, audio_context=config.audio_context
-    )
+    recognizer = load_recognizer_for(config)
     in_script = script_converter(config.script)
     progress = TranscribingProgress(recordings, shown=mine.main)
     spans = [Span(path) for path in recordings]

@@ -1,0 +1,1 @@
+"""From what training leaves behind to models for other programs, each checked against the original."""
