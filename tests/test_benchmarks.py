@@ -119,3 +119,16 @@ def test_phrases_compares_with_and_without_the_list_and_keeps_no_text(
     accepted = [row["off_list_accepted"]["count"] for row in result["all"]["rejection"]]
     assert accepted[0] == 6 and accepted == sorted(accepted, reverse=True)
     assert "phrase a0" not in (tmp_path / "r.json").read_text(encoding="utf-8")
+
+
+def test_transcribe_compares_three_programs_that_write_the_same_number_of_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper", exc_type=ImportError)
+    small = ("--clips", 2, "--tokens", 3, "--long_seconds", 33, "--window_tokens", 4, "--rounds", 1, "--threads", 1)
+    lines, result = run("transcribe.py", *small, "--batch", 2, out=tmp_path / "r.json")
+    number = r"\d+\.\d\d"
+    assert re.fullmatch(rf"ratio {number} pipeline, {number} faster-whisper, {number} long", lines[-1])
+    phrases, long = result["phrases"], result["long"]
+    assert len(phrases["systems"]) == 7 and len(long["systems"]) == 5
+    windows, tokens = long["windows"], long["tokens_a_window"]
+    ours, theirs = (windows[name] * tokens[name] for name in ("Resonance", "faster-whisper"))
+    assert ours <= theirs < ours + windows["faster-whisper"]

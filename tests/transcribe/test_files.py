@@ -175,6 +175,8 @@ def test_what_nobody_said_is_left_out_and_told(tmp_path: Path, monkeypatch: pyte
         assert sum(bool(result.text) for result in results) == kept
         assert sum(len(result.left_out) for result in results) == 3 - kept
         assert all(bool(result.text) != bool(result.left_out) for result in results)
+        # Where nobody at all speaks, no time is spent on it.
+        assert len(teller.batches) == (0 if speech_in < speech.NOBODY else 2)
 
 
 def test_without_a_detector_model_and_text_have_to_agree_that_there_is_silence() -> None:

@@ -20,7 +20,7 @@ from resonance.transcribe.recognizer import DecodeSettings, Recognizer, TimedTex
 from resonance.transcribe.result import FileResult
 from resonance.transcribe.segments import follows_speech, joined, spread
 from resonance.transcribe.sequential import decode_in_sequence
-from resonance.transcribe.speech import nobody_spoke
+from resonance.transcribe.speech import NOBODY, nobody_spoke
 from resonance.units import WINDOW_SECONDS
 
 # Windows decoded together, so that clips of like length meet in a batch: so many batches' worth, or 58 MB of audio.
@@ -28,6 +28,7 @@ POOL_BATCHES = 16
 POOL_SECONDS = 900.0
 READERS = 2
 NO_AUDIO = np.zeros(0, np.float32)
+UNHEARD = Transcript("", None)  # of a window in which nobody speaks: whatever a model wrote would be left out
 READ_AHEAD = 32  # recordings that are being read, or have been and wait for their turn
 
 
@@ -117,7 +118,14 @@ def _in_windows(
     most = min(long_audio.max_window_seconds or recognizer.best_clip_seconds, recognizer.max_clip_seconds)
     waiting: deque[Recording] = deque()
     for pool in _pools(_windows(spans, most, waiting), POOL_BATCHES * batch_size):
-        order = sorted(range(len(pool)), key=lambda i: len(pool[i][1].audio))
+        order = []
+        for i, (recording, window, place) in enumerate(pool):
+            if long_audio.skip_nonspeech and window.speech is not None and window.speech < NOBODY:
+                recording.heard[place] = (replace(window, audio=NO_AUDIO), UNHEARD)
+                progress(0, window.seconds)
+            else:
+                order.append(i)
+        order.sort(key=lambda i: len(pool[i][1].audio))
         for begin in range(0, len(order), batch_size):
             batch = [pool[i] for i in order[begin : begin + batch_size]]
             answers = recognizer.transcribe([window.audio for _recording, window, _place in batch], settings)
@@ -260,6 +268,8 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
         duration = window.start + window.seconds
         language = language or heard.language
         only = heard
+        if heard is UNHEARD:
+            left_out.append(TimedText(window.start, window.start + window.seconds, ""))
         if not heard.text:
             continue
         pieces = heard.segments
