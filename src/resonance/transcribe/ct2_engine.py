@@ -24,11 +24,11 @@ from resonance.errors import ConfigError, MissingExtraError, ModelError
 from resonance.messages import _
 from resonance.model import adapters, exports
 from resonance.model.load import MULTILINGUAL_TOKENS, quiet_libraries
-from resonance.transcribe import decoding
+from resonance.transcribe import clip_lengths, decoding
 from resonance.transcribe.fallback import Decoded, Judged, with_fallback
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.transcribe.segments import text_of, transcripts
-from resonance.transcribe.torch_engine import LEAST_WINDOW_SECONDS, PREVIOUS_TOKENS
+from resonance.transcribe.torch_engine import PREVIOUS_TOKENS
 from resonance.units import (
     FRAMES_PER_POSITION,
     MAX_LABEL_TOKENS,
@@ -59,18 +59,11 @@ class Ct2Recognizer:
 
     @property
     def max_clip_seconds(self) -> float:
-        most = self.context.window_positions
-        if isinstance(self.context.length, float):
-            most = min(most, self.context.positions(0.0))
-        seconds = most * TIMESTAMP_STEP_SECONDS
-        return seconds if self.context.length == "full" else seconds - self.context.margin_seconds
+        return clip_lengths.max_clip_seconds(self.context)
 
     @property
     def best_clip_seconds(self) -> float:
-        trained = self.info.data.get("longest_clip_seconds") if self.info else None
-        if trained is None:
-            return self.max_clip_seconds
-        return min(max(float(trained), LEAST_WINDOW_SECONDS), self.max_clip_seconds)
+        return clip_lengths.best_clip_seconds(self.info, self.context)
 
     @property
     def personal(self) -> bool:
@@ -270,7 +263,7 @@ def load_ct2_recognizer(
         model,
         tokenizer,
         is_multilingual(folder, tokenizer),
-        choose_context(info, audio_context),
+        clip_lengths.choose_context(info, audio_context, WINDOW_POSITIONS),
         info,
         record.writes_timestamps if record else True,
     )
@@ -283,20 +276,3 @@ def is_multilingual(folder: Path, tokenizer: WhisperTokenizer) -> bool:
     except (OSError, ValueError):
         flag = None
     return bool(flag) if flag is not None else bool(len(tokenizer) >= MULTILINGUAL_TOKENS)
-
-
-def choose_context(info: adapters.Info | None, audio_context: Literal["auto", "full"] | float | None) -> AudioContext:
-    """The audio context that a model was trained with, unless another is given. Raises ConfigError."""
-    if info is None:
-        return AudioContext(audio_context or "full", 0.0, WINDOW_POSITIONS)
-    context = audio_context or info.audio_context
-    if isinstance(context, float) and context <= info.audio_margin:
-        raise ConfigError(
-            [
-                _(
-                    "--audio_context {context:g}: the model was trained with {margin:g} seconds of silence behind the speech, "
-                    "so nothing would be left for the speech. Give more, or leave --audio_context out."
-                ).format(context=context, margin=info.audio_margin)
-            ]
-        )
-    return AudioContext(context, info.audio_margin, WINDOW_POSITIONS)

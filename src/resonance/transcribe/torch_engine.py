@@ -14,23 +14,21 @@ import torch
 from resonance.data.audio_context import AudioContext
 from resonance.data.batches import batch_features
 from resonance.data.tokens import LabelTokenizer
-from resonance.errors import ConfigError, ModelError
+from resonance.errors import ModelError
 from resonance.messages import _
 from resonance.model import adapters
 from resonance.model.builtin import folder_of
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
-from resonance.transcribe import phrases
+from resonance.transcribe import clip_lengths, phrases
 from resonance.transcribe.decoding import Decoder, encode, generate, score, unwrap
 from resonance.transcribe.fallback import Decoded, Judged, with_fallback
 from resonance.transcribe.phrases import PhraseChoice
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.transcribe.segments import text_of, transcripts
 from resonance.transcribe.word_times import token_starts
-from resonance.units import SAMPLE_RATE, TIMESTAMP_STEP_SECONDS
+from resonance.units import SAMPLE_RATE, WINDOW_POSITIONS
 
-# A model tuned on phrases is given at least so much of a long recording: speech without a pause has to fit.
-LEAST_WINDOW_SECONDS = 5.0
 PREVIOUS_TOKENS = 2  # the decoder holds so many times more than what was said before, as in openai/whisper
 
 
@@ -49,18 +47,11 @@ class TorchRecognizer:
 
     @property
     def max_clip_seconds(self) -> float:
-        most = self.context.window_positions
-        if isinstance(self.context.length, float):
-            most = min(most, self.context.positions(0.0))
-        seconds = most * TIMESTAMP_STEP_SECONDS
-        return seconds if self.context.length == "full" else seconds - self.context.margin_seconds
+        return clip_lengths.max_clip_seconds(self.context)
 
     @property
     def best_clip_seconds(self) -> float:
-        trained = self.info.data.get("longest_clip_seconds") if self.info else None
-        if trained is None:
-            return self.max_clip_seconds
-        return min(max(float(trained), LEAST_WINDOW_SECONDS), self.max_clip_seconds)
+        return clip_lengths.best_clip_seconds(self.info, self.context)
 
     @property
     def personal(self) -> bool:
@@ -244,21 +235,15 @@ def load_recognizer(
                 ).format(path=model_path)
             )
         whisper = load_whisper(model_path, device=where, dtype=dtype, cache_dir=cache_dir)
-        return TorchRecognizer(whisper, AudioContext(audio_context or "full", 0.0, whisper.window_positions))
+        return TorchRecognizer(whisper, clip_lengths.choose_context(None, audio_context, whisper.window_positions))
     info = adapters.read_info(folder)
-    context = audio_context or info.audio_context
-    if isinstance(context, float) and context <= info.audio_margin:
-        raise ConfigError(
-            [
-                _(
-                    "--audio_context {context:g}: the model was trained with {margin:g} seconds of silence behind the speech, "
-                    "so nothing would be left for the speech. Give more, or leave --audio_context out."
-                ).format(context=context, margin=info.audio_margin)
-            ]
-        )
+    # Refused, where it leaves no room for speech, before gigabytes are read.
+    clip_lengths.choose_context(info, audio_context, WINDOW_POSITIONS)
     if info.kind == "full":
         whisper = load_whisper(str(folder), device=where, dtype=dtype, cache_dir=cache_dir)
-        return TorchRecognizer(whisper, AudioContext(context, info.audio_margin, whisper.window_positions), info)
+        return TorchRecognizer(
+            whisper, clip_lengths.choose_context(info, audio_context, whisper.window_positions), info
+        )
     adapters.check_complete(folder)
     base_name = base_model or info.base_model
     assert base_name is not None  # an adapter has one
@@ -277,7 +262,7 @@ def load_recognizer(
     own = adapters.own_info(base_name)
     base_context = AudioContext(own.audio_context, own.audio_margin, whisper.window_positions) if own else None
     return TorchRecognizer(
-        tuned, AudioContext(context, info.audio_margin, whisper.window_positions), info, base_context
+        tuned, clip_lengths.choose_context(info, audio_context, whisper.window_positions), info, base_context
     )
 
 
