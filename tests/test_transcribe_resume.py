@@ -31,7 +31,15 @@ def audio(recordings_in: Callable[[Path, int], Path], tmp_path: Path) -> list[Pa
 
 def command(model: Path, audio: list[Path], tmp_path: Path, *flags: object) -> list[str]:
     (tmp_path / "list.txt").write_text("\n".join(map(str, audio)))
-    flags = ("--audio_list", tmp_path / "list.txt", "--language=en", "--batch_size=1", "--audio_context=2", *flags)
+    flags = (
+        "--audio_list",
+        tmp_path / "list.txt",
+        "--language=en",
+        "--batch_size=1",
+        "--audio_context=2",
+        *flags,
+        "--skip_nonspeech=False",
+    )
     return ["transcribe", "--model_path", str(model), *map(str, flags)]
 
 

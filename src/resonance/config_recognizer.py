@@ -24,6 +24,8 @@ from resonance.config_types import (
 )
 from resonance.messages import _
 
+LEAST_INCREMENT = 0.05  # of the temperature, each time a text is decoded again
+
 
 class RecognizerConfig(BaseModel):
     """What `evaluate` and `transcribe` have in common: the model and how it decodes."""
@@ -153,7 +155,7 @@ class TranscribeConfig(RecognizerConfig):
     temperature_increment_on_fallback: float = Field(0.2, ge=0, le=1)
     """Temperature added each time a text is decoded again, up to 1. 0 decodes once."""
     condition_on_previous_text: bool = False
-    """Tell the model what was said before. Helps names to be spelt alike; loops once begun go on."""
+    """Tell the model what was said before, with longform sequential. Helps names to be spelt alike; loops once begun go on."""
 
     phrases: AnyPath | None = None
     """Text file with what this person says, one phrase a line: decoding leans towards it."""
@@ -178,6 +180,14 @@ class TranscribeConfig(RecognizerConfig):
         if self.output_file and self.output_dir:
             text = _("Give either output_file (one file for all) or output_dir (a file for each recording).")
             problems.append((("output_file", "output_dir"), text))
+        if self.phrases and self.longform == "sequential":
+            text = _("phrases needs --longform windows: a phrase has no times to go on from.")
+            problems.append((("phrases", "longform"), text))
+        if 0 < self.temperature_increment_on_fallback < LEAST_INCREMENT:
+            text = _(
+                "temperature_increment_on_fallback must be 0, or at least {least}: every step decodes again."
+            ).format(least=LEAST_INCREMENT)
+            problems.append((("temperature_increment_on_fallback",), text))
         if self.phrases_only and not self.phrases:
             problems.append((("phrases_only", "phrases"), _("phrases_only needs phrases, the file that lists them.")))
         if self.phrases and self.engine == "ct2":

@@ -138,3 +138,50 @@ def test_a_model_without_times_cannot_decode_in_sequence_and_says_so(joined: tup
                 long_audio=LongAudio(mode="sequential"),
             )
         )
+
+
+class SureOfTheEnd(ToneReader):
+    """A model that says two timestamps at ten seconds of every window, and nothing of what is behind them."""
+
+    def read(self, clip: np.ndarray) -> Transcript:
+        heard = super().read(clip[: 10 * SAMPLE_RATE])
+        kept = tuple(segment for segment in heard.segments if segment.end < 9.9)
+        until = kept[-1].end + 0.05 if kept else None
+        return Transcript(" ".join(s.text for s in kept), "en", kept, timed=True, complete_until=until)
+
+
+def test_what_lies_behind_the_last_sentence_of_the_last_window_is_heard_too(
+    joined: tuple[Path, list[TimedText]],
+) -> None:
+    path, said = joined
+    (result,) = transcribe_files(
+        SureOfTheEnd(), [Span(path)], DecodeSettings(), batch_size=4, long_audio=LongAudio(mode="sequential")
+    )
+    assert result.text.split() == [one.text for one in said]
+
+
+class StepByStep(ToneReader):
+    def read(self, clip: np.ndarray) -> Transcript:
+        segments = (TimedText(0.0, 0.02, "a"), TimedText(0.02, 1.0, "b"))
+        return Transcript("a b", "en", segments, timed=True, complete_until=0.02)
+
+
+def test_a_model_that_goes_on_by_a_timestamp_each_time_still_ends(joined: tuple[Path, list[TimedText]]) -> None:
+    reader = StepByStep()
+    list(
+        transcribe_files(
+            reader, [Span(joined[0])], DecodeSettings(), batch_size=4, long_audio=LongAudio(mode="sequential")
+        )
+    )
+    assert len(reader.prompts) < 20
+
+
+def test_a_damaged_recording_is_decoded_in_sequence_too_where_that_is_asked(
+    joined: tuple[Path, list[TimedText]],
+) -> None:
+    data = joined[0].read_bytes()
+    joined[0].write_bytes(data[: len(data) // 2])
+    reader = ToneReader()
+    long_audio = LongAudio(mode="sequential", condition_on_previous_text=True)
+    (result,) = transcribe_files(reader, [Span(joined[0])], DecodeSettings(), batch_size=4, long_audio=long_audio)
+    assert result.error and any(reader.prompts)

@@ -68,8 +68,8 @@ def test_rows_that_end_early_leave_the_others_as_they_are(
             scores[i, end] = 1e4 if row and (sum(row) + 7 * len(row)) % 5 == 0 else -1e4
         return scores
 
-    together = generate(model, hidden, prompts, processors=[stop_early])
-    alone = [generate(model, hidden[i : i + 1], prompts[:1], processors=[stop_early])[0] for i in range(6)]
+    together = generate(model, hidden, prompts, processors=[stop_early], scores=True)
+    alone = [generate(model, hidden[i : i + 1], prompts[:1], processors=[stop_early], scores=True)[0] for i in range(6)]
     assert ids(together) == ids(alone)
     assert len({len(row) for row in ids(together)}) > 1
     for one, other in zip(together, alone, strict=True):
@@ -81,7 +81,7 @@ def test_probabilities_are_those_of_a_second_look_at_the_whole_text(
     model: Any, hidden: torch.Tensor, prompts: list[list[int]]
 ) -> None:
     """The loop leaves out tokens that may not be written, so its probabilities are a little higher."""
-    found = generate(model, hidden, prompts, max_length=12)
+    found = generate(model, hidden, prompts, max_length=12, scores=True)
     again = score(model, hidden, prompts, ids(found))
     for one, other in zip(found, again, strict=True):
         assert one.ids == other.ids
@@ -113,6 +113,8 @@ def test_draws_are_the_same_each_time_and_differ_from_the_most_probable(
 ) -> None:
     drawn = [ids(generate(model, hidden, prompts, temperature=1.0, max_length=20)) for _ in range(2)]
     assert drawn[0] == drawn[1] != ids(generate(model, hidden, prompts, max_length=20))
+    alone = [generate(model, hidden[i : i + 1], prompts[:1], temperature=1.0, max_length=20)[0] for i in range(6)]
+    assert ids(alone) == drawn[0]  # whoever else is in the batch
 
 
 def test_tokens_that_may_not_be_written_are_not(

@@ -53,3 +53,16 @@ def test_a_loop_compresses_well_and_speech_does_not() -> None:
     assert compression_ratio("我想喝水" * 20) > 2.4
     assert compression_ratio("The quick brown fox jumps over the lazy dog and runs away.") < 1.5
     assert compression_ratio("") == 0.0
+
+
+def test_silence_is_not_decoded_again() -> None:
+    asked: list[int] = []
+
+    def attempt(rows: Sequence[int], temperature: float) -> list[Decoded]:
+        asked.append(len(rows))
+        return [
+            Decoded([97], [-2.0], probability, temperature) for probability in ([0.9, 0.1] if len(rows) == 2 else [0.1])
+        ]
+
+    with_fallback(attempt, lambda d: "a", 2, DecodeSettings(temperatures=(0.0, 0.2, 0.4)))
+    assert asked == [2, 1, 1]

@@ -101,7 +101,7 @@ def test_times_of_a_part_of_a_file_count_from_the_part(tmp_path: Path) -> None:
 def test_windows_are_joined_as_the_script_is_written(texts: list[str], joined: str, tmp_path: Path) -> None:
     recording = files.Recording(Span(tmp_path / "a.wav"), read=True)
     for i, text in enumerate(texts):
-        window = files.Window(float(i), 1.0, None, (0.0, 1.0), np.zeros(0, np.float32))
+        window = files.Window(float(i), 1.0, None, speech.Spoken(0.0, 1.0, 0.0), np.zeros(0, np.float32))
         recording.heard.append((window, Transcript(text, "zh", (TimedText(0.0, 1.0, text),) if text else ())))
     assert files._result(recording, DecodeSettings(), LongAudio()).text == joined
 
@@ -204,3 +204,49 @@ def test_of_real_recordings_speech_is_heard_in_all_and_in_none_without(shared: P
         return found
 
     assert max(heard("nonspeech", 1)) < speech.SOMEBODY < min(heard("torgo", 6, dysarthric=True))
+
+
+def test_the_language_is_that_of_most_of_what_was_said(tmp_path: Path) -> None:
+    recording = files.Recording(Span(tmp_path / "a.wav"), read=True)
+    for i, (text, language) in enumerate([("", "en"), ("我想", "zh"), ("喝水", "zh"), ("ok", "en")]):
+        window = files.Window(float(i), 1.0, 0.9, speech.Spoken(0.0, 1.0, 1.0), np.zeros(0, np.float32))
+        recording.heard.append((window, Transcript(text, language, (TimedText(0.0, 1.0, text),) if text else ())))
+    assert files._result(recording, DecodeSettings(), LongAudio()).language == "zh"
+    empty = files.Recording(Span(tmp_path / "b.wav"), read=True)
+    assert files._result(empty, DecodeSettings("de"), LongAudio()).language == "de"
+
+
+def test_a_phrase_heard_in_noise_is_no_answer(tmp_path: Path) -> None:
+    recording = files.Recording(Span(tmp_path / "a.wav"), read=True)
+    window = files.Window(0.0, 1.0, 0.1, speech.Spoken(0.0, 1.0, 0.0), np.zeros(0, np.float32))
+    heard = Transcript("open the door", "en", (TimedText(0.0, 1.0, "open the door"),), phrase="open the door")
+    recording.heard.append((window, heard))
+    result = files._result(recording, DecodeSettings(), LongAudio(skip_nonspeech=True))
+    assert (result.text, result.phrase, result.left_out[0].text) == ("", None, "open the door")
+
+
+def test_thousands_that_cannot_be_read_are_told_as_they_come(tmp_path: Path) -> None:
+    taken = []
+
+    def missing():  # type: ignore[no-untyped-def]
+        for i in range(5000):
+            taken.append(i)
+            yield Span(tmp_path / f"{i}.wav")
+
+    results = transcribe_files(LengthTeller(), missing(), DecodeSettings(), batch_size=2)
+    assert next(results).error and len(taken) < 200
+    assert sum(1 for _result in results) == 4999
+
+
+def test_quiet_speech_is_speech(shared: Path) -> None:
+    """Silero goes by the level: 30 dB down it no longer hears what Whisper still reads."""
+    pytest.importorskip("onnxruntime", exc_type=ImportError)
+    folder = shared / "data" / "torgo"
+    rows = [row for row in json.loads((folder / "labels.json").read_text()) if row["dysarthric"]][::40]
+    for row in rows:
+        clip, rate = soundfile.read(folder / row["audio"], dtype="float32")
+        quiet = (np.round(clip * 10 ** (-35 / 20) * 32768) / 32768).astype(np.float32)
+        assert rate == SAMPLE_RATE
+        (window,) = files.windows([quiet], 60.0)
+        assert window.speech is not None and window.speech > speech.SOMEBODY, row["audio"]
+        np.testing.assert_array_equal(window.audio, quiet)  # the model gets it as it is

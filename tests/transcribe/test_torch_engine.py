@@ -103,8 +103,9 @@ def test_the_adapter_changes_what_its_base_answers(finished_run: Path) -> None:
 def test_a_clip_is_answered_the_same_alone_and_in_a_batch_of_one_context(finished_run: Path) -> None:
     recognizer = load_recognizer(str(finished_run))
     clips = [clip(0.93, seed=1), clip(0.95, seed=2)]
-    together = recognizer.transcribe(clips, ENGLISH)
-    alone = [recognizer.transcribe([one], ENGLISH)[0] for one in clips]
+    scored = DecodeSettings("en", scores=True)
+    together = recognizer.transcribe(clips, scored)
+    alone = [recognizer.transcribe([one], scored)[0] for one in clips]
     assert [one.text for one in alone] == [one.text for one in together]
     assert [one.mean_log_prob for one in alone] == pytest.approx([one.mean_log_prob for one in together], abs=1e-5)
     assert recognizer.transcribe([], ENGLISH) == []
@@ -150,8 +151,8 @@ def test_words_join_to_the_text_and_their_times_go_forward_within_the_clip(tiny_
 def test_what_was_said_before_changes_the_answer_and_is_no_part_of_it(tiny_model: Path) -> None:
     recognizer = load_recognizer(str(tiny_model))
     audio = [clip(0.7, seed=5)]
-    plain = recognizer.transcribe(audio, ENGLISH)[0]
-    said = recognizer.transcribe(audio, DecodeSettings("en", prompt="what was said before " * 50))[0]
+    plain = recognizer.transcribe(audio, DecodeSettings("en", scores=True))[0]
+    said = recognizer.transcribe(audio, DecodeSettings("en", scores=True, prompt="what was said before " * 50))[0]
     assert said.mean_log_prob != pytest.approx(plain.mean_log_prob, abs=1e-4)
     assert "said before" not in said.text
 
@@ -187,3 +188,12 @@ def test_a_hub_name_without_a_network_says_where_it_looked_and_the_way_out() -> 
         load_recognizer("openai/whisper-large-v3")
     said = str(caught.value)
     assert "openai/whisper-large-v3" in said and "https://" in said and "hf download" in said and "folder" in said
+
+
+@pytest.mark.parametrize("missing", ["no_timestamps_token_id", "alignment_heads"])
+def test_a_checkpoint_that_says_little_of_itself_still_gives_times(tiny_model: Path, missing: str) -> None:
+    """As fine-tuned before transformers 4.30: no generation_config.json, or one without Whisper's own settings."""
+    recognizer = load_recognizer(str(tiny_model))
+    setattr(recognizer.whisper.model.generation_config, missing, None)
+    (found,) = recognizer.transcribe([clip(1.0)], DecodeSettings("en", times="word", scores=True))
+    assert not found.timed or missing == "alignment_heads"

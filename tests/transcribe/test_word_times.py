@@ -108,14 +108,16 @@ def test_a_sentence_ends_at_its_mark_or_at_a_pause() -> None:
 def test_times_that_fall_together_are_spread_over_the_speech_by_the_length_of_the_texts() -> None:
     words = (Word(1.9, 1.9, " ab", 0.9), Word(1.9, 1.9, " cdefg", 0.9))
     segments = [TimedText(1.9, 1.9, "ab cdefg", 0.9, words), TimedText(1.9, 1.9, "ijklmnop")]
-    assert not follows_speech(segments, 1.0, 3.0)
+    assert not follows_speech(segments, 2.0)
     first, second = spread(segments, 1.0, 3.0)
     assert (first.start, first.end) == (1.0, 2.0) and (second.start, second.end) == (2.0, 3.0)
     assert [(word.start, word.end) for word in first.words] == [
         (1.0, pytest.approx(4 / 3)),
         (pytest.approx(4 / 3), 2.0),
     ]
-    assert follows_speech([first, second], 1.0, 3.0)
+    assert follows_speech([first, second], 2.0)
+    said = [TimedText(0.5, 1.5, "One."), TimedText(9.0, 10.0, "Two.")]
+    assert follows_speech(said, 2.5)  # of ten seconds; the pause between them is no speech
 
 
 FIRST = 1000  # the id of <|0.00|>

@@ -56,10 +56,15 @@ class LabelTokenizer:
     max_label_tokens: int = MAX_LABEL_TOKENS
     learns_language: bool = False
 
+    def find(self, token: str) -> int | None:
+        """Id of a special token such as `<|zh|>`; None when the model has no such token."""
+        index: int | None = self.tokenizer.convert_tokens_to_ids(token)
+        return None if index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token else index
+
     def special(self, token: str) -> int:
         """Id of a special token such as `<|zh|>`. Raises DataError when the model has no such token."""
-        index: int | None = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or (index == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
+        index = self.find(token)
+        if index is None:
             raise DataError(
                 _("The model's tokenizer has no token {token}. Choose another --language, or another model.").format(
                     token=token

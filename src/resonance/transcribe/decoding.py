@@ -153,8 +153,8 @@ def generate(
 ) -> list[Decoded]:
     """Write the text of each row of hidden [rows, positions, d_model], after prompts that are equally long.
 
-    Above temperature 0 tokens are drawn, the same ones each time. `num_beams` counts at temperature 0 only. With
-    `scores`, the probabilities of beams too, which takes another pass; without beams they are always there.
+    Above temperature 0 tokens are drawn, the same ones each time and in every batch. `num_beams` counts at temperature 0 only.
+    With `scores`, the probability of each token and of silence too; for beams they take another pass.
     `by_transformers`: where the layers have to be called whole because their weights lie in parts (ZeRO-3, FSDP).
     """
     prompt = torch.tensor(prompts, device=hidden.device)
@@ -163,7 +163,7 @@ def generate(
     if (num_beams > 1 or by_transformers) and not temperature:
         found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, processors, most)
         return score(whisper, hidden, prompts, found) if scores else [Decoded(ids, [], None) for ids in found]
-    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, processors, most)
+    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, processors, most, scores)
 
 
 def _one_by_one(
@@ -174,6 +174,7 @@ def _one_by_one(
     temperature: float,
     processors: Sequence[Processor],
     most: int,
+    scores: bool,
 ) -> list[Decoded]:
     """Greedily, or drawn at a temperature."""
     stock = whisper.generation_config
@@ -182,11 +183,13 @@ def _one_by_one(
     vocabulary = whisper.proj_out.out_features
     never = _ids(getattr(stock, "suppress_tokens", None), vocabulary, hidden.device)
     not_first = _ids(getattr(stock, "begin_suppress_tokens", None), vocabulary, hidden.device)
-    chance = torch.Generator(hidden.device).manual_seed(0)
+    chances = [torch.Generator().manual_seed(0) for _row in prompt]  # each row's own: what is drawn depends on no other
 
     decoder = Decoder(whisper, hidden, most)
     state = decoder(prompt)
-    silence = no_speech_probability(decoder.logits(state[:, _start(whisper, prompt)]), stock)
+    silence: list[float | None] = [None] * len(prompt)
+    if scores:
+        silence = no_speech_probability(decoder.logits(state[:, _start(whisper, prompt)]), stock)
     alive = torch.arange(len(prompt), device=hidden.device)  # which rows `sequences` and the decoder hold
     written: list[list[int]] = [[] for _row in prompt]
     log_probs: list[list[float]] = [[] for _row in prompt]
@@ -199,14 +202,20 @@ def _one_by_one(
         for rule in rules:
             logits = rule(sequences, logits)
         if temperature:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance)[:, 0]
+            # The largest of Gumbel's noise and the logits is a draw from their softmax.
+            noise = torch.stack([torch.rand(vocabulary, generator=chances[row]) for row in alive.tolist()])
+            gumbel = -(-noise.clamp(min=1e-12).log()).log().to(logits.device)
+            chosen = (logits / temperature + gumbel).argmax(-1)
         else:
             chosen = logits.argmax(-1)
-        found = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-        for row, token, log_prob, runs in zip(alive.tolist(), chosen.tolist(), found, running.tolist(), strict=True):
+        if scores:
+            found = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+            for row, log_prob, runs in zip(alive.tolist(), found, running.tolist(), strict=True):
+                if runs:
+                    log_probs[row].append(log_prob)
+        for row, token, runs in zip(alive.tolist(), chosen.tolist(), running.tolist(), strict=True):
             if runs:
                 written[row].append(token)
-                log_probs[row].append(log_prob)
         running = running & chosen.ne(end)
         sequences = torch.cat([sequences, chosen[:, None]], dim=1)
         left = int(running.sum())

@@ -33,11 +33,12 @@ class Judged:
     compression_ratio: float
     repetitive: bool
     improbable: bool
+    silent: bool  # the model finds silence probable, and what it wrote improbable
 
     @property
     def wrong(self) -> bool:
-        """Whether another attempt may be better."""
-        return self.repetitive or self.improbable
+        """Whether another attempt may be better. Of silence none is (openai/whisper, `transcribe.py`)."""
+        return (self.repetitive or self.improbable) and not self.silent
 
 
 def with_fallback(
@@ -66,13 +67,9 @@ def judge(decoded: Decoded, text: str, settings: DecodeSettings) -> Judged:
     """Whether the text is one to keep, by the thresholds of `settings`."""
     ratio = compression_ratio(text)
     mean = decoded.mean_log_prob
-    return Judged(
-        decoded,
-        text,
-        ratio,
-        ratio > settings.compression_ratio_threshold,
-        mean is not None and mean < settings.log_prob_threshold,
-    )
+    improbable = mean is not None and mean < settings.log_prob_threshold
+    silent = improbable and (decoded.no_speech_probability or 0.0) > settings.no_speech_threshold
+    return Judged(decoded, text, ratio, ratio > settings.compression_ratio_threshold, improbable, silent)
 
 
 def compression_ratio(text: str) -> float:

@@ -82,16 +82,22 @@ def transcribe_files(
     """
     found: list[bool] = []  # about the model: asked at the first long recording
 
+    def possible() -> bool:
+        """Whether any recording may be decoded in sequence: otherwise none has to be looked at."""
+        return long_audio.mode == "sequential" or (
+            long_audio.mode == "auto" and not recognizer.personal and found != [False]
+        )
+
     def in_sequence(span: Span) -> bool:
         if not found:
             try:
                 found.append(_decodes_in_sequence(recognizer, settings, long_audio, span))
             except AudioError:  # told when it is read; the next one will do
-                return False
+                return long_audio.mode == "sequential"
         return found[0]
 
     for needs_it, some in itertools.groupby(
-        spans, lambda span: _longer(span, recognizer.max_clip_seconds, long_audio) and in_sequence(span)
+        spans, lambda span: possible() and _longer(span, recognizer.max_clip_seconds, long_audio) and in_sequence(span)
     ):
         decode = _in_sequence if needs_it else _in_windows
         yield from decode(recognizer, some, settings, batch_size, long_audio, progress)
@@ -99,12 +105,10 @@ def transcribe_files(
 
 def _longer(span: Span, most: float, long_audio: LongAudio) -> bool:
     """Whether it may have to be decoded in sequence."""
-    if long_audio.mode == "windows":
-        return False
     try:
         return (probe(span.path).duration if span.end is None else span.end) - span.start > most
-    except AudioError:  # told when it is read
-        return False
+    except AudioError:  # told when it is read, as far as it can be
+        return long_audio.mode == "sequential"
 
 
 def _in_windows(
@@ -148,8 +152,8 @@ def _in_windows(
 Placed = tuple[Recording, Window, int]  # a window, and where its transcript belongs
 
 
-def _windows(spans: Iterable[Span], most: float, waiting: deque[Recording]) -> Iterator[Placed]:
-    """The windows of all spans, in their order. Each recording is put into `waiting` before its first window."""
+def _windows(spans: Iterable[Span], most: float, waiting: deque[Recording]) -> Iterator[Placed | None]:
+    """The windows of all spans, in their order, and None behind those of each. Each recording is put into `waiting` before its first window."""
     for span, parts in _read_ahead(spans, most):
         recording = Recording(span)
         waiting.append(recording)
@@ -160,6 +164,7 @@ def _windows(spans: Iterable[Span], most: float, waiting: deque[Recording]) -> I
             recording.heard.append((part, None))
             yield recording, part, len(recording.heard) - 1
         recording.read = True
+        yield None
 
 
 def _read_ahead(spans: Iterable[Span], most: float) -> Iterator[tuple[Span, Iterator[Window | AudioError]]]:
@@ -200,17 +205,20 @@ def _windows_of(span: Span, most: float) -> Iterator[Window | AudioError]:
     yield from failed
 
 
-def _pools(placed: Iterable[Placed], most: int) -> Iterator[list[Placed]]:
+def _pools(placed: Iterable[Placed | None], most: int) -> Iterator[list[Placed]]:
+    """At most so many windows, or recordings, together: of those that cannot be read there may be thousands in a row."""
     pool: list[Placed] = []
-    seconds = 0.0
+    recordings, seconds = 0, 0.0
     for part in placed:
-        pool.append(part)
-        seconds += part[1].seconds
-        if len(pool) == most or seconds >= POOL_SECONDS:
+        if part is None:
+            recordings += 1
+        else:
+            pool.append(part)
+            seconds += part[1].seconds
+        if len(pool) == most or seconds >= POOL_SECONDS or recordings > most:
             yield pool
-            pool, seconds = [], 0.0
-    if pool:
-        yield pool
+            pool, recordings, seconds = [], 0, 0.0
+    yield pool
 
 
 def _decodes_in_sequence(recognizer: Recognizer, settings: DecodeSettings, long_audio: LongAudio, span: Span) -> bool:
@@ -261,20 +269,20 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
     """The windows of a recording put together, at their true times."""
     segments: list[TimedText] = []
     left_out: list[TimedText] = []
-    text, language, duration = "", None, 0.0
+    languages: dict[str, float] = {}  # seconds of what was kept
+    text, duration = "", 0.0
     only: Transcript | None = None  # what was heard, where that is in one window
     for window, heard in recording.heard:
         assert heard is not None  # the recording is finished
         duration = window.start + window.seconds
-        language = language or heard.language
         only = heard
         if heard is UNHEARD:
             left_out.append(TimedText(window.start, window.start + window.seconds, ""))
         if not heard.text:
             continue
         pieces = heard.segments
-        if settings.times != "none" and not heard.timed and not follows_speech(pieces, *window.spoken):
-            pieces = spread(pieces, *window.spoken)
+        if settings.times != "none" and not heard.timed and not follows_speech(pieces, window.spoken.seconds):
+            pieces = spread(pieces, window.spoken.start, window.spoken.end)
         shifted = [_shifted(segment, window.start) for segment in pieces]
         if long_audio.skip_nonspeech and nobody_spoke(
             window.speech,
@@ -284,14 +292,17 @@ def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudi
             loop_ratio=settings.compression_ratio_threshold,
         ):
             left_out += shifted
+            only = None
             continue
         segments += shifted
         text = joined(text, heard.text)
+        if heard.language:
+            languages[heard.language] = languages.get(heard.language, 0.0) + window.seconds
     alone = only if len(recording.heard) == 1 else None
     return FileResult(
         str(recording.span.path),
         text,
-        language,
+        max(languages, key=lambda code: languages[code]) if languages else settings.language,
         duration,
         tuple(segments),
         recording.error,

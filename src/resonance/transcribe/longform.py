@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from resonance.transcribe.speech import FRAME, Listener, speech_in, spoken_in
+from resonance.transcribe.speech import FRAME, Listener, Spoken, at_speaking_level, speech_in, spoken_in
 from resonance.units import SAMPLE_RATE
 
 Samples = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class Window:
     start: float  # seconds into the recording
     seconds: float
     speech: float | None  # 0-1, how sure it is that somebody speaks; None: no detector
-    spoken: tuple[float, float]  # seconds between which somebody speaks, from the start of the window
+    spoken: Spoken
     audio: Samples  # float32 [samples] at 16 kHz
 
 
@@ -44,8 +44,9 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     done = 0  # samples in windows so far
 
     def window(length: int) -> Window:
-        found, seconds = heard[: -(-length // FRAME)], length / SAMPLE_RATE
-        return Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), held[:length])
+        audio, seconds = held[:length], length / SAMPLE_RATE
+        found = at_speaking_level(audio, heard[: -(-length // FRAME)])
+        return Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio)
 
     for block in blocks:
         held = np.concatenate([held, block])

@@ -120,6 +120,7 @@ def decode_settings(config: TranscribeConfig, times: Times, *, scores: bool) -> 
         temperatures=(0.0, *higher),
         compression_ratio_threshold=config.compression_ratio_threshold,
         log_prob_threshold=config.log_prob_threshold,
+        no_speech_threshold=config.no_speech_threshold,
         phrases=phrase_help(config),
     )
 

@@ -27,13 +27,14 @@ class DecodeSettings:
     compression_ratio_threshold: float = 2.4  # a text that gzip makes smaller than this many times is repetitive
     log_prob_threshold: float = -1.0  # mean over the tokens, below which a text is improbable
     max_new_tokens: int | None = None  # at most so many for one clip; None: as many as can be said in its time
+    no_speech_threshold: float = 0.6  # probability of silence above which an improbable text is not tried again
     prompt: str | None = None  # what was said before
     phrases: PhraseHelp | None = None  # what this person says
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One word, or one character where words stand without spaces. Times are seconds from the start of the audio."""
+    """One word, or one token of a character or more where words stand without spaces. Times are seconds from the start of the audio."""
 
     start: float
     end: float

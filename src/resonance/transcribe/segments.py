@@ -13,9 +13,9 @@ from resonance.transcribe.fallback import Judged
 from resonance.transcribe.recognizer import TimedText, Times, Transcript, Word
 from resonance.units import TIMESTAMP_STEP_SECONDS
 
-SENTENCE_ENDS = ".?!。？！"
+SENTENCE_ENDS = ".?!…。？！؟।"
 PAUSE_SECONDS = 1.0  # between two words: a new sentence, where the model writes no times itself
-FOLLOWED_SHARE = 0.4  # of the time in which somebody speaks: less is covered only where attention does not follow
+FOLLOWED_SHARE = 0.25  # of the time in which somebody speaks: less is covered only where attention does not follow
 LONGEST_WORD_SECONDS = 0.7  # of the median word, as openai/whisper's timing.py has it; twice that is too long for any
 
 
@@ -230,10 +230,10 @@ def spread(segments: Sequence[TimedText], start: float, end: float) -> tuple[Tim
     return tuple(placed)
 
 
-def follows_speech(segments: Sequence[TimedText], start: float, end: float) -> bool:
-    """Whether times from attention cover the speech between `start` and `end`. Where no head follows it, they fall together."""
+def follows_speech(segments: Sequence[TimedText], seconds: float) -> bool:
+    """Whether times from attention cover speech of so many seconds. Where no head follows it, they fall together."""
     timed = [piece for segment in segments for piece in (segment.words or (segment,))]
-    return sum(piece.end - piece.start for piece in timed) > FOLLOWED_SHARE * (end - start)
+    return sum(piece.end - piece.start for piece in timed) > FOLLOWED_SHARE * seconds
 
 
 def joined(first: str, second: str) -> str:

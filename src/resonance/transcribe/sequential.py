@@ -15,9 +15,12 @@ import numpy as np
 from resonance.transcribe.longform import Samples, Window
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, Transcript
 from resonance.transcribe.segments import joined
-from resonance.transcribe.speech import Listener, speech_in, spoken_in
+from resonance.transcribe.speech import Listener, at_speaking_level, speech_in, spoken_in
 from resonance.units import SAMPLE_RATE
 
+LEAST_STEP_SECONDS = 1.0  # and otherwise the whole window
+LEAST_REST = SAMPLE_RATE // 10  # samples behind a last sentence that may hold another one
+REMEMBERED = 2000  # characters of what was said: more than the decoder takes
 TOO_HOT = 0.5  # what was drawn above this temperature is no help for what follows (openai/whisper, `transcribe.py`)
 
 
@@ -44,14 +47,17 @@ def decode_in_sequence(
         audio = held[:most]
         heard = recognizer.transcribe([audio], replace(settings, prompt=before or None))[0]
         length = len(audio)
-        if heard.complete_until and (more or len(held) > most):
-            length = min(max(round(heard.complete_until * SAMPLE_RATE), 1), length)
+        until = heard.complete_until
+        # A model that goes on by less would take hours of noise in steps of a timestamp.
+        if until is not None and until >= LEAST_STEP_SECONDS and len(held) - until * SAMPLE_RATE > LEAST_REST:
+            length = min(round(until * SAMPLE_RATE), length)
             heard = _complete(heard)
-        found, seconds = Listener().hear(audio[:length], last=True), length / SAMPLE_RATE
+        seconds = length / SAMPLE_RATE
+        found = at_speaking_level(audio[:length], Listener().hear(audio[:length], last=True))
         yield Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio[:length]), heard
         held, done = held[length:], done + length
         if condition_on_previous_text:
-            before = f"{before} {heard.text}".strip() if heard.temperature <= TOO_HOT else ""
+            before = f"{before} {heard.text}".strip()[-REMEMBERED:] if heard.temperature <= TOO_HOT else ""
 
 
 def _complete(heard: Transcript) -> Transcript:

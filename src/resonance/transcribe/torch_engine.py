@@ -22,7 +22,7 @@ from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
 from resonance.transcribe import clip_lengths, phrases
 from resonance.transcribe.decoding import Decoder, encode, generate, score, unwrap
-from resonance.transcribe.fallback import Decoded, Judged, with_fallback
+from resonance.transcribe.fallback import Decoded, Judged, judge, with_fallback
 from resonance.transcribe.phrases import PhraseChoice
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.transcribe.segments import text_of, transcripts
@@ -73,10 +73,12 @@ class TorchRecognizer:
             )
             before = self._previous(settings.prompt)
             prompts = [[*before, *tokenizer.prompt(language)] for language in languages]
+            first = tokenizer.find("<|0.00|>") if settings.times != "none" else None
             timed = (
-                settings.times != "none"
+                first is not None
                 and not settings.phrases
-                and writes_timestamps(model, hidden, [prompt[:-1] for prompt in prompts], tokenizer.special("<|0.00|>"))
+                and getattr(model.generation_config, "no_timestamps_token_id", None) is not None
+                and writes_timestamps(model, hidden, [prompt[:-1] for prompt in prompts], first)
             )
             asked = [prompt[:-1] for prompt in prompts] if timed else prompts
             found = self._decode(model, hidden, asked, settings, timed)
@@ -84,9 +86,8 @@ class TorchRecognizer:
             if settings.phrases:
                 written = [(judged.text, judged.decoded.ids) for judged in found]
                 chosen = phrases.apply(model, hidden, languages, written, tokenizer, settings.phrases)
-                found = with_phrases(model, hidden, prompts, found, chosen)
+                found = with_phrases(model, hidden, prompts, found, chosen, settings)
             seconds = [len(clip) / SAMPLE_RATE for clip in clips]
-            first = tokenizer.special("<|0.00|>") if settings.times != "none" else None
 
             def starts(rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[list[float]]:
                 index = torch.tensor(list(rows), device=hidden.device)
@@ -167,6 +168,7 @@ def with_phrases(
     prompts: Sequence[Sequence[int]],
     found: Sequence[Judged],
     chosen: Sequence[PhraseChoice],
+    settings: DecodeSettings,
 ) -> list[Judged]:
     """What was written freely, with the phrase that was chosen in its place, and the probability that the model gives that."""
     rows = [row for row, choice in enumerate(chosen) if choice.text != found[row].text]
@@ -176,7 +178,7 @@ def with_phrases(
     scored = score(model, hidden[index], [prompts[row] for row in rows], [chosen[row].ids for row in rows])
     answers = list(found)
     for row, decoded in zip(rows, scored, strict=True):
-        answers[row] = replace(found[row], decoded=decoded, text=chosen[row].text)
+        answers[row] = judge(decoded, chosen[row].text, settings)
     return answers
 
 
