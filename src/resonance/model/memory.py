@@ -273,9 +273,12 @@ def evaluation_moments(job: TrainingJob) -> Iterator[Moment]:
     cross = 2 * shape.decoder_layers * rows * job.positions * d * cached
     own = 2 * shape.decoder_layers * rows * job.generation_tokens * d * cached
     states = heard * d * plain + (rows * job.positions * d * plain if job.generation_num_beams > 1 else 0)
-    first = rows * job.positions * d * cached  # the last layer's, before it is put into the cache
+    # Of beams the last layer's, before transformers puts it into its cache; without them it is where it stays, and so is the
+    # cache of what will be written.
+    beams = job.generation_num_beams > 1
+    first = rows * job.positions * d * cached if beams else own
     if job.adapts("decoder.layers.0.encoder_attn.v_proj"):
         first += rows * job.positions * d * (12 if plain == 2 else 8)
-    yield Moment("first token", 0, 0, 0, cross + states + first + features + copies)
-    moved = rows * d * cached * (job.positions if job.generation_num_beams > 1 else job.generation_tokens)
-    yield Moment("last token", 0, 0, 8 * rows * shape.vocab_size, cross + own + states + features + max(copies, moved))
+    yield Moment("first token", 0, 0, 0, cross + states + first + copies)
+    moved = rows * d * cached * job.positions if beams else 0
+    yield Moment("last token", 0, 0, 8 * rows * shape.vocab_size, cross + own + states + max(copies, moved))
