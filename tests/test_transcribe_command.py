@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,21 @@ def test_each_recording_has_a_file_in_each_format(
     assert (tmp_path / "out" / "mon" / "call.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n\n00:00:0")
 
 
+def test_text_beside_subtitles_is_one_line_unless_times_are_asked_for(
+    finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
+) -> None:
+    flags = ("--audio_path", audio[0], "--output_format", "txt,srt")
+    for place in (("--output_dir", tmp_path / "folder"), ("--output_file", tmp_path / "x.txt")):
+        assert transcribe(finished_run, *flags, *place) == 0
+    one = tmp_path / "folder" / f"{audio[0].stem}.txt"
+    assert one.read_text(encoding="utf-8").count("\n") == 1
+    assert (tmp_path / "x.txt").read_text(encoding="utf-8") == one.read_text(encoding="utf-8")
+    # A folder keeps texts, not rows: it cannot be written in lines without its recordings.
+    assert transcribe(finished_run, *flags, "--output_dir", tmp_path / "folder", "--return_timestamps") == 1
+    assert "return_timestamps was none, now segment" in capsys.readouterr().err
+    assert transcribe(finished_run, *flags, "--output_file", tmp_path / "x.txt", "--return_timestamps") == 0
+
+
 @pytest.mark.parametrize("form", ["txt", "tsv", "json", "jsonl"])
 def test_a_format_without_a_file_is_printed(
     form: str, finished_run: Path, audio: list[Path], tmp_path: Path, capsys: Capture
@@ -172,6 +188,28 @@ def test_nothing_is_printed_but_texts_when_libraries_are_loaded_afresh(finished_
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--output_format", "json")], ids=["plain", "json"])
+def test_a_name_that_the_screen_cannot_write_is_escaped(
+    flags: tuple[str, ...], finished_run: Path, audio: list[Path], tmp_path: Path
+) -> None:
+    for name in ("我.wav", "é.wav"):
+        shutil.copy(audio[0], tmp_path / name)
+    command = ["transcribe", "--model_path", str(finished_run), "--audio_path", str(tmp_path), *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "resonance", *command],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        encoding="cp1252",
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    if flags:
+        assert {Path(row["audio_path"]).name for row in json.loads(done.stdout)} == {"我.wav", "é.wav"}
+    else:
+        assert "\\u6211.wav\t" in done.stdout and "é.wav\t" in done.stdout
 
 
 def test_long_recordings_of_real_speech_are_read_to_their_end(

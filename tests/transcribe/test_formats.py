@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from resonance.config_types import OutputFormat
 from resonance.transcribe.formats import render
 from resonance.transcribe.recognizer import TimedText, Word
 from resonance.transcribe.result import FileResult
-from resonance.transcribe.rows import Row, as_json, printable, row_of
+from resonance.transcribe.rows import Row, as_json, encodable, printable, row_of
 from resonance.transcribe.subtitles import Layout
 
 HELLO = TimedText(0.0, 1.23456, "hello you", 0.5, (Word(0.0, 0.5, " hello", 0.25), Word(0.5, 1.23456, " you", 1.0)))
@@ -58,6 +59,11 @@ def test_a_row_says_what_is_wrong_with_a_text() -> None:
     assert (row["phrase"], row["phrase_score"]) == ("la", 0.25)
 
 
+def test_a_blank_segment_is_none() -> None:
+    parts = (TimedText(0.0, 1.0, "a"), TimedText(1.0, 1.0, " "), TimedText(1.0, 2.0, ""))
+    assert [s["text"] for s in row_of(FileResult("a.wav", "a", "en", 2.0, parts, None), "segment")["segments"]] == ["a"]
+
+
 def test_confidence_of_a_recording_weighs_its_segments_by_their_length() -> None:
     parts = (TimedText(0, 1, "a" * 30, 0.9), TimedText(1, 2, "b" * 10, 0.1))
     row = row_of(FileResult("a.wav", "x", "en", 2.0, parts, None), "none")
@@ -86,6 +92,22 @@ def test_text_names_its_recording_where_there_are_several() -> None:
     rows = [row_of(RESULT, "none"), row_of(BAD, "none"), {"audio_path": "c.wav", "text": "two\nlines"}]
     assert written("txt", rows) == "a.wav\thello you\nc.wav\ttwo lines\n"
     assert written("txt", rows[:1], several=False) == "hello you\n"
+
+
+def test_text_has_a_line_for_each_segment_only_where_that_was_asked_for() -> None:
+    parts = (TimedText(0.0, 1.0, "One."), TimedText(1.0, 2.0, "Two."))
+    row = row_of(FileResult("a.wav", "One. Two.", "en", 2.0, parts, None), "segment")
+    assert written("txt", [row], several=False) == "One. Two.\n"
+    layout = Layout(txt_segments=True)
+    assert "".join(render("txt", [row], several=False, layout=layout)) == "One.\nTwo.\n"
+
+
+def test_what_an_encoding_cannot_say_is_escaped_and_json_stays_json() -> None:
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    assert encodable("naïve", latin) == "naïve" and encodable("我 é", latin) == "\\u6211 é"
+    row = {"audio_path": "我.wav", "text": "é 😀 \u0081"}
+    assert json.loads(encodable(as_json(row), latin, is_json=True)) == row
+    assert encodable("我", io.StringIO()) == "我"
 
 
 def test_a_name_that_is_no_utf_8_is_written_and_read_back() -> None:

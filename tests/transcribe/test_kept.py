@@ -145,6 +145,76 @@ def test_each_recording_has_its_files_and_one_that_went_missing_is_made_again(op
     assert opened("", ["json", "srt"]).left() == PATHS  # another format
 
 
+@pytest.mark.parametrize("other", ["day2/rec1.wav", "day2/REC1.wav", "day2/rec1.mp3"])
+def test_the_text_of_another_recording_is_not_replaced_unasked(other: str, opened: Make, tmp_path: Path) -> None:
+    first, second = Path("day1/rec1.wav"), Path(other)
+    sink = opened("", ["json"], [first])
+    sink.add(row(first, "one"))
+    assert sink.finish() == 0
+    with pytest.raises(DataError, match=r"day1/rec1\.wav.*day2/.*--overwrite") as caught:
+        opened("", ["json"], [Path("day2/new.wav"), second])
+    assert second.name in str(caught.value)
+    assert visible(tmp_path / "out") == ["rec1.json"] and text_in(tmp_path / "out" / "rec1.json") == "one"
+    again = opened("", ["json"], [first])  # as if nothing had been tried
+    assert again.left() == [] and again.finish() == 0
+
+    sink = opened("", ["json"], [second], overwrite=True)
+    assert sink.left() == [second]
+    sink.add(row(second, "two"))
+    sink.finish()
+    with pytest.raises(DataError, match="day2"):
+        opened("", ["json"], [first])
+
+
+def text_in(path: Path) -> str:
+    found = json.loads(path.read_text(encoding="utf-8"))["text"]
+    assert isinstance(found, str)
+    return found
+
+
+def test_one_relative_path_in_two_folders_is_two_recordings_and_two_spellings_are_one(
+    opened: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day in ("day1", "day2"):
+        (tmp_path / day).mkdir()
+    monkeypatch.chdir(tmp_path / "day1")
+    sink = opened("", ["json"], [Path("rec1.wav")])
+    sink.add(row(Path("rec1.wav")))
+    sink.finish()
+    for same in (Path("rec1.wav"), tmp_path / "day1" / "rec1.wav"):
+        assert opened("", ["json"], [same]).left() == []
+    monkeypatch.chdir(tmp_path / "day2")
+    with pytest.raises(DataError, match="day2"):
+        opened("", ["json"], [Path("rec1.wav")])
+
+
+def test_a_recording_that_is_named_otherwise_now_is_written_under_its_new_name(opened: Make, tmp_path: Path) -> None:
+    first, second = Path("day1/rec1.wav"), Path("day2/rec1.wav")
+    sink = opened("", ["json"], [first])
+    sink.add(row(first, "one"))
+    sink.finish()
+    sink = opened("", ["json"], [first, second])
+    assert sink.left() == [first, second]
+    for path, text in ((first, "one"), (second, "two")):
+        sink.add(row(path, text))
+    sink.finish()
+    out = tmp_path / "out"
+    assert [text_in(out / name) for name in ("rec1.json", "day1/rec1.json", "day2/rec1.json")] == ["one", "one", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", ""])
+def test_a_text_with_an_error_counts_as_both(
+    name: str, opened: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = opened(name, ["jsonl" if name.endswith("l") else "json"], PATHS[:3])
+    sink.add(row(PATHS[0]))
+    sink.add(row(PATHS[1]) | {"error": "cut off after 3 s"})
+    sink.add(failure(PATHS[2]))
+    assert sink.finish() == 2
+    said = capsys.readouterr().out
+    assert said == f"2 texts written to {tmp_path / 'out' / name}; 2 recordings have an error\n"
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", ""])
 def test_other_settings_are_refused_by_name_and_overwriting_begins_anew(
     name: str, opened: Make, tmp_path: Path

@@ -63,3 +63,10 @@ def test_a_terminal_has_one_line_that_makes_way_for_texts(monkeypatch: pytest.Mo
     shown = screen.getvalue()
     assert shown.count("\n") == 1 and shown.endswith("\r" + " " * 29 + "\rError: b.wav\n")
     assert all(len(part) <= 29 for part in shown.split("\r"))
+
+
+def test_a_name_that_the_log_cannot_write_is_escaped() -> None:
+    log = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    TranscribingProgress([Path("a.wav")], stream=log).say("Error: 我.wav")
+    log.seek(0)
+    assert log.read() == "Error: \\u6211.wav\n"

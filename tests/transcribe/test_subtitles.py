@@ -41,6 +41,10 @@ def test_any_segments_become_cues_that_fit_and_follow_each_other(layout: Layout)
         assert all(cue.start < cue.end <= cue.start + layout.seconds * 1000 + 1 for cue in made)
         assert all(a.end <= b.start for a, b in itertools.pairwise(made))
         assert all(1 <= len(cue.lines) <= layout.line_count for cue in made)
+        if total := round(now * 1000):
+            assert made[-1].end <= max(total, len(made))  # ms; at least one for each
+            shortest = min(500, int(layout.seconds * 1000), total // len(made))
+            assert all(cue.end - cue.start >= shortest for cue in made)
         # Closing punctuation may hang over by the characters that it must not be parted from.
         assert all(columns(line) <= layout.line_length + 8 for cue in made for line in cue.lines)
 
@@ -75,6 +79,38 @@ def test_a_coarse_time_is_no_reason_to_stay_longer_than_asked_and_none_to_flash(
     assert [(cue.start, cue.end) for cue in made] == [(0, 7000), (40_000, 40_500)]
 
 
+def test_segments_that_were_clamped_to_the_end_are_read_within_the_recording() -> None:
+    short = [segment(0.0, 2.8, "Good morning."), segment(3.0, 3.0, "Bye.")]
+    (cue,) = cues({"duration": 3.0, "segments": short}, Layout())
+    assert (cue.start, cue.end, cue.lines) == (0, 3000, ("Good morning. Bye.",))
+
+    many = [segment(0.0, 3.0, ENGLISH[:70]), *(segment(3.0, 3.0, f"sentence number {i}") for i in range(8))]
+    made = cues({"duration": 3.0, "segments": many}, Layout())
+    assert made[-1].end == 3000 and all(cue.end - cue.start >= 500 for cue in made)
+    assert " ".join(" ".join(cue.lines) for cue in made) == " ".join(s["text"] for s in many)
+
+
+def test_a_flash_joins_what_is_near_and_else_takes_time_from_the_cue_before() -> None:
+    before, flash, after = segment(0, 3, "one"), segment(3.0, 3.1, "two"), segment(3.1, 6, "three")
+    assert shown([before, flash, after]) == [(0, 3100, "one two"), (3100, 6000, "three")]
+    assert shown([flash, after]) == [(3000, 6000, "two three")]
+    assert shown([segment(0, 1, "我们"), segment(1, 1, "你好"), segment(1, 3, "x")])[0] == (0, 1000, "我们你好")
+    # Neither fits: the line is full.
+    full, full_too = segment(0, 3, "o" * 84), segment(3.1, 6, "t" * 84)
+    assert [cue[:2] for cue in shown([full, flash, full_too])] == [(0, 2600), (2600, 3100), (3100, 6000)]
+
+
+def shown(segments: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
+    return [
+        (cue.start, cue.end, " ".join(cue.lines)) for cue in cues({"duration": 6.0, "segments": segments}, Layout())
+    ]
+
+
+def test_times_behind_the_end_of_the_recording_are_brought_into_it() -> None:
+    row = {"duration": 2.0, "segments": [segment(0.0, 1.0, "a" * 80), segment(2.5, 9.0, "b" * 80)]}
+    assert cues(row, Layout())[-1].end == 2000
+
+
 def test_subrip_and_webvtt_look_as_players_expect() -> None:
     row = {
         "duration": 360_002.0,
@@ -90,4 +126,7 @@ def test_subrip_and_webvtt_look_as_players_expect() -> None:
 
 def test_silence_gives_no_cue() -> None:
     assert "".join(srt({"duration": 3.0, "text": "", "segments": []}, Layout())) == ""
-    assert "".join(vtt({"duration": 3.0, "segments": [segment(0, 1, " ")]}, Layout())) == "WEBVTT\n\n"
+    assert (
+        "".join(vtt({"duration": 3.0, "segments": [segment(0, 1, " "), segment(1, 2, "\u200b")]}, Layout()))
+        == "WEBVTT\n\n"
+    )

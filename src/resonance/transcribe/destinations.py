@@ -81,20 +81,20 @@ def names(recordings: Sequence[Path]) -> dict[Path, str]:
     wanted = {place: os.path.splitext(name)[0] for place, (_folder, name) in split.items()}  # noqa: PTH122
     homes: dict[str, set[str]] = {}
     for place, (folder, _name) in split.items():
-        homes.setdefault(_key(wanted[place]), set()).add(folder)
+        homes.setdefault(key(wanted[place]), set()).add(folder)
     if any(len(folders) > 1 for folders in homes.values()):
         below = _below_common({folder for folder, _name in split.values()})
         wanted = {place: _join(below[split[place][0]], stem) for place, stem in wanted.items()}
-    uses = Counter(map(_key, wanted.values()))
+    uses = Counter(map(key, wanted.values()))
     taken: set[str] = set()
     for place, stem in wanted.items():
-        if uses[_key(stem)] > 1:
+        if uses[key(stem)] > 1:
             stem = _join(os.path.dirname(stem), split[place][1])  # noqa: PTH120
         name, number = stem, 1
-        while _key(name) in taken:  # by a recording whose own name is `x.mp3.wav`
+        while key(name) in taken:  # by a recording whose own name is `x.mp3.wav`
             number += 1
             name = f"{stem} ({number})"
-        taken.add(_key(name))
+        taken.add(key(name))
         wanted[place] = name
     return {path: wanted[place] for path, place in places.items()}
 
@@ -113,5 +113,6 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
+    """The same for names that some disk takes for one."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -21,7 +21,7 @@ def render(form: OutputFormat, rows: Iterable[Row], *, several: bool, layout: La
     elif form == "tsv":
         yield from _tsv(rows, several)
     elif form == "txt":
-        yield from _txt(rows, several)
+        yield from _txt(rows, several, layout.txt_segments)
     else:
         for row in rows:
             yield from (srt if form == "srt" else vtt)(row, layout)
@@ -48,13 +48,14 @@ def _tsv(rows: Iterable[Row], several: bool) -> Iterator[str]:
             yield f"{name}{start}\t{end}\t{_one_line(segment['text'])}\n"
 
 
-def _txt(rows: Iterable[Row], several: bool) -> Iterator[str]:
-    """One recording a line; where times were asked for, one segment a line."""
+def _txt(rows: Iterable[Row], several: bool, by_segment: bool) -> Iterator[str]:
+    """One recording a line; `by_segment`, one segment a line. Rows have segments too where another format needs times."""
     for row in rows:
         if "text" not in row:
             continue
         name = f"{printable(row['audio_path'])}\t" if several else ""
-        texts = [segment["text"] for segment in row.get("segments", ())] or [row["text"]]
+        segments = row.get("segments", ()) if by_segment else ()
+        texts = [segment["text"] for segment in segments] or [row["text"]]
         yield from (f"{name}{_one_line(text)}\n" for text in texts)
 
 

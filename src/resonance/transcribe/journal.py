@@ -19,11 +19,13 @@ OPEN_FILES = 200  # a thousand processes have a thousand journals, and systems l
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a row lies."""
+    """Where a row lies, and what is in it."""
 
     path: Path
     offset: int  # bytes
-    failed: bool
+    failed: bool  # has an error; a recording that is damaged or cut off may have a text too
+    text: bool
+    name: str | None  # of its text in an output folder
 
 
 class Journal:
@@ -116,7 +118,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry, int]]:
             end = offset + len(line)
             row = _parsed(line)
             if row is not None:
-                yield row["audio_path"], Entry(path, offset, "error" in row), end
+                name = row.get("name")
+                text = "text" in row or name is not None
+                yield row["audio_path"], Entry(path, offset, "error" in row, text, name), end
             offset = end
 
 

@@ -78,7 +78,8 @@ class Kept:
     def begin(self, settings: dict[str, Any], outputs: Sequence[Path], *, overwrite: bool) -> bool:
         """Claim the output for this process. Returns whether it holds all that is asked for.
 
-        Raises DataError when the output was made with other settings or by something else, or another process writes it.
+        Raises DataError when the output was made with other settings or by something else, or holds what would be replaced,
+        or another process writes it.
         """
         try:
             self._running.acquire(timeout=0)
@@ -103,6 +104,8 @@ class Kept:
                 record = Record(settings)
             else:
                 refuse_other_settings(record, settings, self.place)
+            if not overwrite:
+                self._refuse_to_replace()
             whole = record.finished and not any(record.done.values()) and all(path.exists() for path in outputs)
             if whole and record.recordings == self._digest:
                 return True
@@ -123,6 +126,9 @@ class Kept:
                 "choose another place."
             ).format(path=path)
         )
+
+    def _refuse_to_replace(self) -> None:
+        """Raise DataError where texts of other recordings would be lost."""
 
     def _reopen(self) -> None:
         """Go on with what a finished output has, where rows can be read from it."""

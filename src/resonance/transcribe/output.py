@@ -49,7 +49,9 @@ def open_sink(
     config: TranscribeConfig, recordings: Sequence[Path], formats: Sequence[OutputFormat], times: Times, mine: Ranks
 ) -> Sink:
     """Where the texts go. Raises DataError now, not after hours of work, when they cannot go there."""
-    layout = Layout(config.max_line_length, config.max_line_count, config.max_subtitle_seconds)
+    layout = Layout(
+        config.max_line_length, config.max_line_count, config.max_subtitle_seconds, txt_segments=config.times != "none"
+    )
     kept: SharedFile | Folder
     if config.output_file:
         kept = SharedFile(recordings, config.output_file, formats, layout, mine)
@@ -58,6 +60,8 @@ def open_sink(
     else:
         return Screen(recordings, formats[0] if formats else None, layout)
     laid_out = bool(config.output_dir and set(SUBTITLES) & set(formats))
+    if config.output_dir and "txt" in formats:
+        times = config.times  # its lines are segments only where they were asked for
     try:
         kept.claim(settings_of(config, times, layout=laid_out), overwrite=config.overwrite)
     except BaseException:

@@ -12,6 +12,7 @@ from typing import TextIO
 from resonance.data.audio import probe
 from resonance.errors import AudioError
 from resonance.messages import _
+from resonance.transcribe.rows import encodable
 from resonance.transcribe.subtitles import columns
 
 LOG_SECONDS = 30.0  # between two lines of a log
@@ -64,9 +65,10 @@ class TranscribingProgress:
 
     def say(self, text: str) -> None:
         self.clear()
-        print(text, file=self._stream, flush=True)
+        print(encodable(text, self._stream), file=self._stream, flush=True)
 
     def _show(self, line: str) -> None:
+        line = encodable(line, self._stream)
         if not self._terminal:
             print(line, file=self._stream, flush=True)
             return

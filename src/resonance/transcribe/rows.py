@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+import re
+from typing import Any, TextIO
 
 from resonance.transcribe.recognizer import TimedText, Times
 from resonance.transcribe.result import FileResult
@@ -25,7 +26,7 @@ def row_of(result: FileResult, times: Times) -> Row:
     if result.phrase is not None or result.phrase_score is not None:
         row |= {"phrase": result.phrase, "phrase_score": _rounded(result.phrase_score)}
     if times != "none":
-        row["segments"] = [_segment(segment, times) for segment in result.segments]
+        row["segments"] = [_segment(segment, times) for segment in result.segments if segment.text.strip()]
     if result.left_out:
         row["left_out"] = [_span(part) for part in result.left_out]
     if result.error is not None:
@@ -84,3 +85,15 @@ def printable(name: str) -> str:
     return (
         name.encode("utf-8", "backslashreplace").decode().replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
     )
+
+
+def encodable(text: str, stream: TextIO, *, is_json: bool = False) -> str:
+    """`text` as the encoding of `stream` can say it, other characters escaped; JSON remains JSON."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        if is_json:  # has such characters in strings only
+            return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text

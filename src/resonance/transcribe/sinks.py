@@ -16,11 +16,11 @@ from resonance.data.textfile import lines, read_text, write_text_atomic
 from resonance.errors import DataError
 from resonance.messages import _
 from resonance.ranks import Ranks
-from resonance.transcribe.destinations import names, shared_files
+from resonance.transcribe.destinations import key, names, shared_files
 from resonance.transcribe.formats import render
 from resonance.transcribe.journal import Entry, best, read_entries, read_rows
 from resonance.transcribe.kept import Kept
-from resonance.transcribe.rows import Row, printable
+from resonance.transcribe.rows import Row, encodable, printable
 from resonance.transcribe.subtitles import Layout
 
 
@@ -57,7 +57,7 @@ class Screen:
     def add(self, row: Row) -> None:
         self._failed += "error" in row
         for text in self._plain(row) if self._form is None else self._rendered(row, self._form):
-            sys.stdout.write(text)
+            sys.stdout.write(encodable(text, sys.stdout, is_json=self._form in ("json", "jsonl")))
         sys.stdout.flush()
         self._shown += 1
 
@@ -122,23 +122,22 @@ class SharedFile(Kept):
     def finish(self) -> int:
         if self._whole:
             if self.mine.main:
-                print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
+                _say(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
             return 0
         with self.ending() as failed:
             if failed is None:
                 return 0
-            wrong = self._write()
+            texts, wrong = self._write()
             if not wrong:
                 for path in self.journals:
                     if path != self.lasting:
                         path.unlink(missing_ok=True)
         for path in self._files.values():
-            count = len(self._recordings) - wrong
-            print(_("{count} texts written to {path}").format(count=count, path=printable(str(path))))
+            _say_written(texts, wrong, path)
         return wrong
 
-    def _write(self) -> int:
-        """Every format, in the order of the recordings. Returns how many of them have an error."""
+    def _write(self) -> tuple[int, int]:
+        """Every format, in the order of the recordings. Returns how many of them have a text, and how many an error."""
         entries = read_entries(self.journals)
         chosen = [best(entries.get(str(path), ())) for path in self._recordings]
         if None in chosen:
@@ -156,7 +155,7 @@ class SharedFile(Kept):
                 write_text_atomic(path, render(form, read_rows(rows), several=several, layout=self._layout))
             if not {"json", "jsonl"} & set(self._files):
                 write_text_atomic(self.rows, render("jsonl", read_rows(rows), several=True, layout=self._layout))
-        return sum(entry.failed for entry in rows)
+        return sum(entry.text for entry in rows), sum(entry.failed for entry in rows)
 
     def _put_in_order(self, lasting: Path, entries: dict[str, list[Entry]], rows: Sequence[Entry]) -> None:
         """JSON lines keep the rows of recordings that this list does not name, before all others."""
@@ -180,18 +179,23 @@ class SharedFile(Kept):
 
 
 class Folder(Kept):
-    """A file for each recording and format. The journal only says which are there."""
+    """A file for each recording and format. The journal only says which are there, and whose they are.
+
+    It knows recordings by their absolute path: the same name in two folders is two recordings, also for who goes there first.
+    """
 
     def __init__(
         self, recordings: Sequence[Path], output_dir: Path, formats: Sequence[OutputFormat], layout: Layout, mine: Ranks
     ) -> None:
         check_writable(output_dir, folder=True)
         self._names = {str(path): name for path, name in names(recordings).items()}
+        self._places = {path: os.path.abspath(path) for path in self._names}  # noqa: PTH100 - half the time of Path's
         self._recordings = recordings
         self._formats = formats
         self._layout = layout
         self._whole = False
-        super().__init__(output_dir / ".resonance-transcribe", output_dir, mine, recordings)
+        places = [Path(self._places[str(path)]) for path in recordings]
+        super().__init__(output_dir / ".resonance-transcribe", output_dir, mine, places)
 
     def claim(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         files = [file for name in dict.fromkeys(self._names.values()) for file in self._files(name).values()]
@@ -203,30 +207,71 @@ class Folder(Kept):
     def left(self) -> list[Path]:
         if self._whole:
             return []
-        done = self.finished()
-        return [
-            path
-            for path in share(self._recordings, self.mine)
-            if str(path) not in done or not all(f.exists() for f in self._files(self._names[str(path)]).values())
+        entries = read_entries(self.journals)
+        return [path for path in share(self._recordings, self.mine) if not self._is_done(str(path), entries)]
+
+    def _is_done(self, recording: str, entries: dict[str, list[Entry]]) -> bool:
+        name = self._names[recording]
+        found = entries.get(self._places[recording], ())
+        written = any(entry.name == name and not entry.failed for entry in found)
+        return written and all(path.exists() for path in self._files(name).values())
+
+    def _refuse_to_replace(self) -> None:
+        owners = {
+            key(entry.name): place
+            for place, found in read_entries(self.journals).items()
+            for entry in found
+            if entry.name is not None
+        }
+        taken = [
+            (name, owner, place)
+            for recording, name in self._names.items()
+            if (owner := owners.get(key(name), place := self._places[recording])) != place
         ]
+        if taken:
+            name, owner, place = taken[0]
+            raise DataError(
+                _(
+                    "{path} holds texts of other recordings with the same names ({count}): {name} is the text of {before}, and "
+                    "would be replaced by that of {now}. Choose another folder; or add --overwrite, which replaces them."
+                ).format(path=self.place, count=len(taken), name=name, before=owner, now=place)
+            )
 
     def add(self, row: Row) -> None:
+        recording = row["audio_path"]
+        kept: Row = {"audio_path": self._places[recording]}
         if "text" in row:
-            for form, path in self._files(self._names[row["audio_path"]]).items():
+            kept["name"] = self._names[recording]
+            for form, path in self._files(kept["name"]).items():
                 write_text_atomic(path, render(form, [row], several=False, layout=self._layout))
-        super().add({"audio_path": row["audio_path"]} | ({"error": row["error"]} if "error" in row else {}))
+        super().add(kept | ({"error": row["error"]} if "error" in row else {}))
 
     def finish(self) -> int:
         if self._whole:
             if self.mine.main:
-                print(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
+                _say(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
             return 0
         with self.ending() as failed:
             if failed is None:
                 return 0
-        count = len(dict.fromkeys(self._recordings)) - failed
-        print(_("{count} texts written to {path}").format(count=count, path=self.shown))
+        entries = read_entries(self.journals)
+        texts = sum(
+            any(entry.name == name for entry in entries.get(self._places[recording], ()))
+            for recording, name in self._names.items()
+        )
+        _say_written(texts, failed, self.place)
         return failed
+
+
+def _say_written(texts: int, failed: int, path: Path) -> None:
+    message = _("{count} texts written to {path}").format(count=texts, path=printable(str(path)))
+    if failed:
+        message += _("; {count} recordings have an error").format(count=failed)
+    _say(message)
+
+
+def _say(text: str) -> None:
+    print(encodable(text, sys.stdout))
 
 
 def share(recordings: Sequence[Path], mine: Ranks) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from resonance.transcribe.rows import Row
 
-SHORTEST_MS = 500  # a shorter cue is a flash; it stays so long where nothing comes after it
+SHORTEST_MS = 500  # a shorter cue is a flash
 # Scripts that are written without spaces, each character of which may begin a line: kana, Chinese, full-width forms.
 _UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
@@ -27,6 +27,7 @@ class Layout:
     line_length: int = 42  # columns; a Chinese, Japanese or Korean character takes two
     line_count: int = 2
     seconds: float = 7.0
+    txt_segments: bool = False  # txt has a line for each segment, not for each recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,15 @@ class _Token:
     end: float
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A cue to be: milliseconds, and what it says."""
+
+    start: int
+    end: int
+    tokens: list[_Token]
+
+
 def columns(text: str) -> int:
     """How wide `text` is on a screen: 2 for a wide character, 0 for a combining one, else 1."""
     return sum(
@@ -56,21 +66,78 @@ def columns(text: str) -> int:
 
 
 def cues(row: Row, layout: Layout) -> list[Cue]:
-    """The subtitles of a row with segments. None overlaps another or has no length; all text is there, in its order."""
-    shortest = min(SHORTEST_MS, round(layout.seconds * 1000))
+    """The subtitles of a row with segments. None overlaps another, ends after the recording or is a flash, unless the
+    recording is too short for all; all text is there, in its order."""
+    longest = round(layout.seconds * 1000)
+    shortest = min(SHORTEST_MS, longest)
     drafts = [part for segment in row.get("segments", ()) for part in _divided(_tokens(segment, layout), layout)]
-    last = round(row["duration"] * 1000) if "duration" in row else None
-    made: list[Cue] = []
+    timed = [_Draft(round(part[0].start), round(part[-1].end), part) for part in drafts if columns(_text(part))]
+    if not timed:
+        return []
+    total = round(row.get("duration", 0.0) * 1000)
+    total = total or max(timed[-1].start + shortest, *(draft.end for draft in timed))
     now = 0
-    for i, part in enumerate(drafts):
-        start = max(round(part[0].start), now)
-        limit = max(round(drafts[i + 1][0].start), start) if i + 1 < len(drafts) else last or start + shortest
-        end = min(round(part[-1].end), start + round(layout.seconds * 1000))
-        end = max(end, min(start + shortest, limit), start + 1)
-        if i + 1 < len(drafts):
-            end = max(min(end, limit), start + 1)
-        made.append(Cue(start, end, tuple(_wrapped(part, layout.line_length))))
-        now = end
+    for draft in timed:
+        draft.start = now = min(max(draft.start, now), total)
+        draft.end = min(max(draft.end, now), total)
+    shown = _without_flashes(timed, total, shortest, layout)
+    made: list[Cue] = []
+    starts = _apart([draft.start for draft in shown], total, shortest)
+    for draft, start, limit in zip(shown, starts, [*starts[1:], max(total, starts[-1] + 1)], strict=True):
+        end = min(max(draft.end, start + shortest), start + longest, limit)
+        made.append(Cue(start, end, tuple(_wrapped(draft.tokens, layout.line_length))))
+    return made
+
+
+def _without_flashes(drafts: Sequence[_Draft], total: int, shortest: int, layout: Layout) -> list[_Draft]:
+    """What has less time than `shortest` joined to what is near: to the one before, else to the next, where that fits."""
+    made: list[_Draft] = []
+    waiting: _Draft | None = None
+    for draft, following in zip(drafts, [*drafts[1:], None], strict=True):
+        if waiting:
+            draft, waiting = _joined(waiting, draft), None
+        if (following.start if following else total) - draft.start < shortest:
+            if made and _may_join(made[-1], draft, layout):
+                made[-1] = _joined(made[-1], draft)
+                continue
+            if following and _may_join(draft, following, layout):
+                waiting = draft
+                continue
+        made.append(draft)
+    return made
+
+
+def _may_join(first: _Draft, second: _Draft, layout: Layout) -> bool:
+    joined = _joined(first, second)
+    if second.start - first.end > SHORTEST_MS or joined.end - joined.start > layout.seconds * 1000:
+        return False
+    return len(_wrapped(joined.tokens, layout.line_length)) <= layout.line_count
+
+
+def _joined(first: _Draft, second: _Draft) -> _Draft:
+    head, *tail = second.tokens
+    before, after = _text(first.tokens)[-1], head.text[0]
+    if not after.isspace() and columns(before) < 2 and columns(after) < 2:
+        head = _Token(f" {head.text}", head.start, head.end)
+    return _Draft(first.start, max(first.end, second.end), [*first.tokens, head, *tail])
+
+
+def _apart(starts: Sequence[int], total: int, shortest: int) -> list[int]:
+    """Times from 0 to `total`, each `shortest` or more before the next, as far as there is room for that many.
+
+    What is missing is taken from the one before; only at the very beginning from those that follow.
+    """
+    step = max(min(shortest, total // len(starts)), 1)
+    made: list[int] = []
+    limit = total
+    for start in reversed(starts):
+        limit = min(start, limit - step)
+        made.append(limit)
+    made.reverse()
+    now = 0
+    for i, start in enumerate(made):
+        made[i] = max(start, now)
+        now = made[i] + step
     return made
 
 
@@ -101,13 +168,12 @@ def _tokens(segment: dict[str, Any], layout: Layout) -> list[_Token]:
         spans = [(word["word"], word["start"] * 1000, word["end"] * 1000) for word in words]
     else:
         spans = [(segment["text"], segment["start"] * 1000, segment["end"] * 1000)]
-    most = layout.line_length * layout.line_count
     tokens: list[_Token] = []
     for text, start, end in spans:
         pieces = [
             cut
             for piece in _glued(_TOKEN.findall(" ".join(text.split()) if not words else text))
-            for cut in _cut(piece, layout.line_length, most)
+            for cut in _cut(piece, layout.line_length)
         ]
         widths = [max(columns(piece), 1) for piece in pieces]
         so_far = 0
@@ -140,7 +206,7 @@ def _punctuated(tokens: Sequence[_Token]) -> list[_Token]:
     return made
 
 
-def _cut(text: str, line_length: int, most: int) -> Iterator[str]:
+def _cut(text: str, line_length: int) -> Iterator[str]:
     """A word that is longer than a line, as an address is, is cut where the line ends."""
     if columns(text.strip()) <= line_length:
         yield text
@@ -166,6 +232,10 @@ def _divided(tokens: Sequence[_Token], layout: Layout) -> Iterator[list[_Token]]
             count = pauses[0] if pauses else count
         yield rest[:count]
         rest = rest[count:]
+
+
+def _text(tokens: Sequence[_Token]) -> str:
+    return "".join(token.text for token in tokens).strip()
 
 
 def _fits(tokens: Sequence[_Token], layout: Layout) -> bool:
