@@ -32,6 +32,9 @@ MOST_TOKENS = 220  # of a window: half of what the decoder holds
 KINDS = ("float32", "int8")  # weights of CTranslate2
 
 
+DEMO = machine.REPOSITORY / "src" / "resonance" / "demo_speaker" / "labels.json"
+
+
 def main() -> None:
     given = arguments()
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +62,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a Whisper checkpoint; left out, one of whisper-tiny's shape is made up")
-    parser.add_argument("--data", type=Path, help="recordings; left out, they are made up")
+    parser.add_argument("--data", type=Path, default=DEMO, help="recordings; left out, those of `resonance demo`")
     parser.add_argument("--clips", type=int, default=32, help="phrases at most")
     parser.add_argument("--tokens", type=int, default=12, help="tokens written for a phrase")
     parser.add_argument("--long_data", type=Path, help="recordings that make up the long one; left out, the phrases")
@@ -78,7 +81,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     model = Path(given.model) if given.model else made_up.write_model(folder / "model")
     checkpoint = endless(model, folder / "endless")
-    clips = phrases(given, folder)
+    clips = phrases(given)
     long = long_recording(given, folder, clips)
     engines = our_engines(checkpoint, folder)
     systems = {
@@ -120,28 +123,16 @@ def endless(model: Path, folder: Path) -> Path:
     return folder
 
 
-def phrases(given: argparse.Namespace, folder: Path) -> list[np.ndarray]:
-    """Phrases of 1-5 s: recordings of `--data`, evenly over its length, or made up."""
+def phrases(given: argparse.Namespace) -> list[np.ndarray]:
+    """Phrases of 1-5 s: recordings of `--data`, evenly over its length."""
     from resonance.data.audio import read_audio
     from resonance.data.check import probe_durations
     from resonance.data.formats import load_manifest
 
-    if given.data is None:
-        random = np.random.default_rng(0)
-        lengths = random.uniform(SHORTEST, LONGEST, given.clips)
-        return [made_up_sound(random, seconds) for seconds in lengths]
     rows = probe_durations(load_manifest(given.data).utterances)
     rows = [row for row in rows if SHORTEST <= (row.duration or 0.0) <= LONGEST]
     step = max(1, len(rows) // given.clips)
     return [read_audio(row.audio, row.start, row.end) for row in rows[::step][: given.clips]]
-
-
-def made_up_sound(random: np.random.Generator, seconds: float) -> np.ndarray:
-    """A voice to a voice-activity detector it is not; to an encoder it costs what a voice costs."""
-    length = round(seconds * made_up.SAMPLE_RATE)
-    pitch = 120 + 60 * np.cumsum(random.standard_normal(length)) / np.sqrt(length)
-    buzz = np.sign(np.sin(2 * np.pi * np.cumsum(pitch) / made_up.SAMPLE_RATE))
-    return (0.1 * buzz + 0.01 * random.standard_normal(length)).astype(np.float32)
 
 
 def long_recording(given: argparse.Namespace, folder: Path, clips: list[np.ndarray]) -> Path:
