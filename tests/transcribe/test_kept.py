@@ -151,7 +151,7 @@ def test_the_text_of_another_recording_is_not_replaced_unasked(other: str, opene
     sink = opened("", ["json"], [first])
     sink.add(row(first, "one"))
     assert sink.finish() == 0
-    with pytest.raises(DataError, match=r"day1/rec1\.wav.*day2/.*--overwrite") as caught:
+    with pytest.raises(DataError, match=r"day1.rec1\.wav.*day2.*--overwrite") as caught:
         opened("", ["json"], [Path("day2/new.wav"), second])
     assert second.name in str(caught.value)
     assert visible(tmp_path / "out") == ["rec1.json"] and text_in(tmp_path / "out" / "rec1.json") == "one"
