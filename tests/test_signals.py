@@ -209,6 +209,7 @@ def test_a_signal_while_converting_leaves_whole_files_and_the_next_run_does_the_
 ) -> None:
     from resonance.data import convert
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     source, target = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for i in range(3):
