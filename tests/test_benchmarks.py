@@ -121,9 +121,26 @@ def test_phrases_compares_with_and_without_the_list_and_keeps_no_text(
     assert "phrase a0" not in (tmp_path / "r.json").read_text(encoding="utf-8")
 
 
-def test_transcribe_compares_three_programs_that_write_the_same_number_of_tokens(tmp_path: Path) -> None:
+def test_transcribe_compares_three_programs_that_write_the_same_number_of_tokens(
+    openai_shaped: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("faster_whisper", exc_type=ImportError)
-    small = ("--clips", 2, "--tokens", 3, "--long_seconds", 33, "--window_tokens", 4, "--rounds", 1, "--threads", 1)
+    small = (
+        "--model",
+        openai_shaped,
+        "--clips",
+        2,
+        "--tokens",
+        3,
+        "--long_seconds",
+        33,
+        "--window_tokens",
+        4,
+        "--rounds",
+        1,
+        "--threads",
+        1,
+    )
     lines, result = run("transcribe.py", *small, "--batch", 2, out=tmp_path / "r.json")
     number = r"\d+\.\d\d"
     assert re.fullmatch(rf"ratio {number} pipeline, {number} faster-whisper, {number} long", lines[-1])
