@@ -111,6 +111,7 @@ def endless(model: Path, folder: Path) -> Path:
 
     whisper = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     tokenizer = WhisperTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"  # the pipeline batches with nothing else
     config = whisper.generation_config
     config._from_model_config = False
     end = config.eos_token_id
@@ -204,7 +205,7 @@ def pipelines(checkpoint: Path, clips: list[np.ndarray], given: argparse.Namespa
     }
 
 
-def faster_whisper_options(tokens: int) -> dict[str, Any]:
+def faster_whisper_options(tokens: int, prompt: int) -> dict[str, Any]:
     return {
         "language": "en",
         "beam_size": 1,
@@ -213,9 +214,18 @@ def faster_whisper_options(tokens: int) -> dict[str, Any]:
         "compression_ratio_threshold": None,
         "log_prob_threshold": None,
         "no_speech_threshold": None,
-        # The limit counts the prompt of four too, and CTranslate2 writes one more than half of what is left (4.8).
-        "max_new_tokens": 2 * tokens - 2,
+        # Its limit counts the prompt too, of which CTranslate2 then writes half (4.8).
+        "max_new_tokens": 2 * tokens - prompt,
     }
+
+
+def counted_prompt(model: Any, clip: np.ndarray, tokens: int) -> int:
+    """Tokens of the prompt as faster-whisper has it: 4 with OpenAI's vocabulary."""
+    for prompt in range(5):
+        segments, _info = model.transcribe(clip, **faster_whisper_options(tokens, prompt))
+        if sum(len(segment.tokens) for segment in segments) == tokens:
+            return prompt
+    raise AssertionError(f"faster-whisper cannot be made to write {tokens} tokens")
 
 
 def faster_whisper_calls(
@@ -223,10 +233,10 @@ def faster_whisper_calls(
 ) -> dict[str, Callable[[], None]]:
     from faster_whisper import WhisperModel
 
-    def run(model: Any) -> None:
+    def run(model: Any, prompt: int) -> None:
         for clip in clips:
             segments, _info = model.transcribe(
-                clip, condition_on_previous_text=False, **faster_whisper_options(given.tokens)
+                clip, condition_on_previous_text=False, **faster_whisper_options(given.tokens, prompt)
             )
             written = sum(len(segment.tokens) for segment in segments)
             assert written == given.tokens, f"faster-whisper wrote {written} tokens, not {given.tokens}"
@@ -234,7 +244,8 @@ def faster_whisper_calls(
     found = {}
     for kind, place in converted.items():
         model = WhisperModel(str(place), device="cpu", cpu_threads=given.threads)
-        found[f"faster-whisper {kind}"] = lambda model=model: run(model)
+        prompt = counted_prompt(model, clips[0], given.tokens)
+        found[f"faster-whisper {kind}"] = lambda model=model, prompt=prompt: run(model, prompt)
     return found
 
 
@@ -259,8 +270,12 @@ def long_values(engines: dict[str, Any], recording: Path, given: argparse.Namesp
 
         return run
 
+    prompt = 0
+
     def segments_of(pipeline: Any, tokens: int) -> list[Any]:
-        segments, _info = pipeline.transcribe(str(recording), batch_size=given.batch, **faster_whisper_options(tokens))
+        segments, _info = pipeline.transcribe(
+            str(recording), batch_size=given.batch, **faster_whisper_options(tokens, prompt)
+        )
         return list(segments)
 
     def theirs(pipeline: Any, tokens: int) -> Callable[[], None]:
@@ -272,7 +287,9 @@ def long_values(engines: dict[str, Any], recording: Path, given: argparse.Namesp
     systems = {}
     their_windows, tokens = 0, 0
     for kind, place in engines["folder"].items():
-        pipeline = BatchedInferencePipeline(WhisperModel(str(place), device="cpu", cpu_threads=given.threads))
+        model = WhisperModel(str(place), device="cpu", cpu_threads=given.threads)
+        prompt = counted_prompt(model, made_up_noise(), given.window_tokens)
+        pipeline = BatchedInferencePipeline(model)
         their_windows = their_windows or len(segments_of(pipeline, given.window_tokens))
         tokens = -(-count * given.window_tokens // their_windows)
         assert tokens <= MOST_TOKENS, f"{tokens} tokens a window: give fewer --window_tokens"
@@ -302,6 +319,10 @@ def long_values(engines: dict[str, Any], recording: Path, given: argparse.Namesp
         "ratio_faster_whisper_by_weights": ratios,
         "ratio_faster_whisper": min(ratios.values()),
     }
+
+
+def made_up_noise() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, made_up.SAMPLE_RATE).astype(np.float32)
 
 
 def in_turn(systems: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
