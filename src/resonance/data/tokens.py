@@ -81,6 +81,13 @@ class LabelTokenizer:
             ids.append(self.special("<|notimestamps|>"))
         return ids
 
+    def previous(self, text: str | None) -> list[int]:
+        """What was said before, as a prefix of a prompt: at most half of what the decoder holds, as in openai/whisper."""
+        if not text:
+            return []
+        ids: list[int] = self.tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
+        return [self.special("<|startofprev|>"), *ids[-(self.max_label_tokens // 2 - 1) :]]
+
     def text_ids(self, text: str, language: str | None) -> list[int]:
         """Ids of plain text. What looks like a special token in a transcript is spelled out, never obeyed."""
         text = text.strip()

@@ -28,7 +28,6 @@ from resonance.transcribe import clip_lengths, decoding
 from resonance.transcribe.fallback import Decoded, Judged, with_fallback
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.transcribe.segments import text_of, transcripts
-from resonance.transcribe.torch_engine import PREVIOUS_TOKENS
 from resonance.units import (
     FRAMES_PER_POSITION,
     MAX_LABEL_TOKENS,
@@ -85,7 +84,7 @@ class Ct2Recognizer:
         )
         prompts = [tokenizer.prompt(language) for language in languages]
         timed = settings.times != "none" and self.writes_timestamps
-        before = self._previous(settings.prompt)
+        before = tokenizer.previous(settings.prompt)
         asked = [[*before, *(prompt[:-1] if timed else prompt)] for prompt in prompts]
         found = self._decode(hidden, asked, settings)
         seconds = [len(clip) / SAMPLE_RATE for clip in clips]
@@ -119,14 +118,6 @@ class Ct2Recognizer:
             return [decoded(result, temperature, new) for result in results]
 
         return with_fallback(attempt, lambda found: text_of(self.tokenizer, found.ids), len(hidden), settings)
-
-    def _previous(self, prompt: str | None) -> list[int]:
-        """Ids of what was said before, as a prefix of every prompt."""
-        if not prompt:
-            return []
-        ids: list[int] = self.tokenizer(" " + prompt.strip(), add_special_tokens=False).input_ids
-        most = MAX_LABEL_TOKENS // PREVIOUS_TOKENS - 1
-        return [self.tokenizer.convert_tokens_to_ids("<|startofprev|>"), *ids[-most:]]
 
     def _languages(self, hidden: np.ndarray, settings: DecodeSettings) -> list[str | None]:
         language = settings.language or (self.info.language if self.info else None)

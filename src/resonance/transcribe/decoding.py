@@ -1,7 +1,7 @@
 """Whisper's decoder, token by token: a whole batch at any audio context, with the probability of what it writes.
 
-transformers' `generate` gives the same tokens. This loop needs no second pass for probabilities, drops rows that have
-ended, and takes 60 % of the time a token on a processor with a model of whisper-tiny's shape.
+transformers' `generate` gives the same tokens. This loop needs no second pass for probabilities and drops rows that have
+ended. A token takes 0.89 to 0.95 of the time on one core with a model of whisper-tiny's shape: it is not there for speed.
 """
 
 from __future__ import annotations

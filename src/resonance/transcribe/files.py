@@ -227,8 +227,6 @@ def _decodes_in_sequence(recognizer: Recognizer, settings: DecodeSettings, long_
     A model tuned on short clips has not learnt to go on from a time of its own, nor to hear 30 s at once: of 40 sentences
     joined, one that was trained on single sentences got 4 % of the words wrong in windows of 5 s, 85 % in windows of 30 s.
     """
-    if long_audio.mode == "auto" and recognizer.personal:
-        return False
     first = next(windows(iter_blocks(span.path, span.start, span.start + recognizer.max_clip_seconds), WINDOW_SECONDS))
     (heard,) = recognizer.transcribe([first.audio], replace(settings, times="segment"))
     if long_audio.mode == "sequential" and not heard.timed:

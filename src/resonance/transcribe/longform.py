@@ -44,9 +44,7 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     done = 0  # samples in windows so far
 
     def window(length: int) -> Window:
-        audio, seconds = held[:length], length / SAMPLE_RATE
-        found = at_speaking_level(audio, heard[: -(-length // FRAME)])
-        return Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio)
+        return window_of(done, held[:length], heard[: -(-length // FRAME)])
 
     for block in blocks:
         held = np.concatenate([held, block])
@@ -59,6 +57,13 @@ def windows(blocks: Iterable[Samples], max_seconds: float) -> Iterator[Window]:
     heard = np.concatenate([heard, listener.hear(np.zeros(0, np.float32), last=True)])
     if len(held):
         yield window(len(held))
+
+
+def window_of(first: int, audio: Samples, probabilities: Samples) -> Window:
+    """The window of `audio`, whose first sample is that of the recording; probabilities: of speech in its frames."""
+    seconds = len(audio) / SAMPLE_RATE
+    found = at_speaking_level(audio, probabilities)
+    return Window(first / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio)
 
 
 def best_cut(audio: Samples, speech: npt.NDArray[np.float32]) -> int:

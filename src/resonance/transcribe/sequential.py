@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from resonance.transcribe.longform import Samples, Window
+from resonance.transcribe.longform import Samples, Window, window_of
 from resonance.transcribe.recognizer import DecodeSettings, Recognizer, Transcript
 from resonance.transcribe.segments import joined
-from resonance.transcribe.speech import Listener, at_speaking_level, speech_in, spoken_in
+from resonance.transcribe.speech import Listener
 from resonance.units import SAMPLE_RATE
 
 LEAST_STEP_SECONDS = 1.0  # and otherwise the whole window
@@ -52,9 +52,7 @@ def decode_in_sequence(
         if until is not None and until >= LEAST_STEP_SECONDS and len(held) - until * SAMPLE_RATE > LEAST_REST:
             length = min(round(until * SAMPLE_RATE), length)
             heard = _complete(heard)
-        seconds = length / SAMPLE_RATE
-        found = at_speaking_level(audio[:length], Listener().hear(audio[:length], last=True))
-        yield Window(done / SAMPLE_RATE, seconds, speech_in(found), spoken_in(found, seconds), audio[:length]), heard
+        yield window_of(done, audio[:length], Listener().hear(audio[:length], last=True)), heard
         held, done = held[length:], done + length
         if condition_on_previous_text:
             before = f"{before} {heard.text}".strip()[-REMEMBERED:] if heard.temperature <= TOO_HOT else ""

@@ -121,9 +121,7 @@ class SharedFile(Kept):
 
     def finish(self) -> int:
         if self._whole:
-            if self.mine.main:
-                _say(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
-            return 0
+            return _nothing_left(self, len(self._recordings))
         with self.ending() as failed:
             if failed is None:
                 return 0
@@ -248,9 +246,7 @@ class Folder(Kept):
 
     def finish(self) -> int:
         if self._whole:
-            if self.mine.main:
-                _say(_("{path} has all {count} texts already.").format(path=self.shown, count=len(self._recordings)))
-            return 0
+            return _nothing_left(self, len(self._recordings))
         with self.ending() as failed:
             if failed is None:
                 return 0
@@ -261,6 +257,12 @@ class Folder(Kept):
         )
         _say_written(texts, failed, self.place)
         return failed
+
+
+def _nothing_left(kept: Kept, count: int) -> int:
+    if kept.mine.main:
+        _say(_("{path} has all {count} texts already.").format(path=kept.shown, count=count))
+    return 0
 
 
 def _say_written(texts: int, failed: int, path: Path) -> None:

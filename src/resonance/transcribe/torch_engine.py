@@ -29,8 +29,6 @@ from resonance.transcribe.segments import text_of, transcripts
 from resonance.transcribe.word_times import token_starts
 from resonance.units import SAMPLE_RATE, WINDOW_POSITIONS
 
-PREVIOUS_TOKENS = 2  # the decoder holds so many times more than what was said before, as in openai/whisper
-
 
 @dataclass(slots=True)
 class TorchRecognizer:
@@ -70,8 +68,9 @@ class TorchRecognizer:
                 self.whisper.multilingual,
                 None,
                 settings.task or (self.info.task if self.info else "transcribe"),
+                self.whisper.max_label_tokens,
             )
-            before = self._previous(settings.prompt)
+            before = tokenizer.previous(settings.prompt)
             prompts = [[*before, *tokenizer.prompt(language)] for language in languages]
             first = tokenizer.find("<|0.00|>") if settings.times != "none" else None
             timed = (
@@ -125,15 +124,6 @@ class TorchRecognizer:
     def _text(self, decoded: Decoded) -> str:
         """Timestamps left out, which are not special tokens in OpenAI's tokenizers."""
         return text_of(self.whisper.tokenizer, decoded.ids)
-
-    def _previous(self, prompt: str | None) -> list[int]:
-        """Ids of what was said before, as a prefix of every prompt."""
-        if not prompt:
-            return []
-        tokenizer = self.whisper.tokenizer
-        ids: list[int] = tokenizer(" " + prompt.strip(), add_special_tokens=False).input_ids
-        most = self.whisper.max_label_tokens // PREVIOUS_TOKENS - 1
-        return [tokenizer.convert_tokens_to_ids("<|startofprev|>"), *ids[-most:]]
 
     def _languages(self, hidden: torch.Tensor, settings: DecodeSettings) -> list[str | None]:
         language = settings.language or (self.info.language if self.info else None)
