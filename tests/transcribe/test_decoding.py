@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from resonance.model.load import load_whisper
+from resonance.transcribe import decoding
 from resonance.transcribe.decoding import generate, score
 
 PROMPT = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
@@ -56,7 +57,7 @@ def test_the_tokens_are_those_of_transformers(
 
 
 def test_rows_that_end_early_leave_the_others_as_they_are(
-    model: Any, hidden: torch.Tensor, prompts: list[list[int]]
+    model: Any, hidden: torch.Tensor, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = model.generation_config.eos_token_id
 
@@ -68,8 +69,9 @@ def test_rows_that_end_early_leave_the_others_as_they_are(
             scores[i, end] = 1e4 if row and (sum(row) + 7 * len(row)) % 5 == 0 else -1e4
         return scores
 
-    together = generate(model, hidden, prompts, processors=[stop_early], scores=True)
-    alone = [generate(model, hidden[i : i + 1], prompts[:1], processors=[stop_early], scores=True)[0] for i in range(6)]
+    monkeypatch.setattr(decoding, "_time_rules", lambda stock, prompt_length: stop_early)
+    together = generate(model, hidden, prompts, timestamps=True, scores=True)
+    alone = [generate(model, hidden[i : i + 1], prompts[:1], timestamps=True, scores=True)[0] for i in range(6)]
     assert ids(together) == ids(alone)
     assert len({len(row) for row in ids(together)}) > 1
     for one, other in zip(together, alone, strict=True):

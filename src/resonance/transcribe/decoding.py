@@ -146,7 +146,6 @@ def generate(
     timestamps: bool = False,
     temperature: float = 0.0,
     scores: bool = False,
-    processors: Sequence[Processor] = (),
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     by_transformers: bool = False,
@@ -161,9 +160,9 @@ def generate(
     most = most_tokens(whisper, hidden, prompt.shape[1], max_length)
     most = min(most, prompt.shape[1] + max_new_tokens) if max_new_tokens else most
     if (num_beams > 1 or by_transformers) and not temperature:
-        found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, processors, most)
+        found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, most)
         return score(whisper, hidden, prompts, found) if scores else [Decoded(ids, [], None) for ids in found]
-    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, processors, most, scores)
+    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, most, scores)
 
 
 def _one_by_one(
@@ -172,14 +171,13 @@ def _one_by_one(
     prompt: torch.Tensor,
     timestamps: bool,
     temperature: float,
-    processors: Sequence[Processor],
     most: int,
     scores: bool,
 ) -> list[Decoded]:
     """Greedily, or drawn at a temperature."""
     stock = whisper.generation_config
     end = stock.eos_token_id
-    rules = [*processors, *([_time_rules(stock, prompt.shape[1])] if timestamps else [])]
+    rules = [_time_rules(stock, prompt.shape[1])] if timestamps else []
     vocabulary = whisper.proj_out.out_features
     never = _ids(getattr(stock, "suppress_tokens", None), vocabulary, hidden.device)
     not_first = _ids(getattr(stock, "begin_suppress_tokens", None), vocabulary, hidden.device)
@@ -238,7 +236,6 @@ def _by_transformers(
     prompt: torch.Tensor,
     num_beams: int,
     timestamps: bool,
-    processors: Sequence[Processor],
     most: int,
 ) -> list[list[int]]:
     """The ids of the best beam of each row."""
@@ -254,7 +251,7 @@ def _by_transformers(
         suppress_tokens=getattr(stock, "suppress_tokens", None),
         begin_suppress_tokens=getattr(stock, "begin_suppress_tokens", None),
     )
-    rules = [*processors, *([_time_rules(stock, prompt.shape[1])] if timestamps else [])]
+    rules = [_time_rules(stock, prompt.shape[1])] if timestamps else []
     sequences = GenerationMixin.generate(
         whisper,
         encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
