@@ -274,6 +274,9 @@ def test_what_is_no_audio_file_is_said_in_plain_words(tmp_path: Path) -> None:
     text = tmp_path / "a.wav"
     text.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1234\n")
     assert "text file, not audio. It begins with “version https://git-lfs" in error_of(text)
+    # FFmpeg takes a list of recordings for subtitles without sound.
+    text.write_text(json.dumps([{"audio": "audio/a.flac", "text": "stick"}, {"audio": "audio/b.flac", "text": "tear"}]))
+    assert "text file, not audio. It begins with “[{" in error_of(text)
     text.write_bytes(b"")
     assert "empty (0 bytes)" in error_of(text)
     assert "this is a folder" in error_of(tmp_path)

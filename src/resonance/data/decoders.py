@@ -207,7 +207,8 @@ def _av_source(path: Name, handle: BinaryIO, head: bytes, stack: contextlib.Exit
         raise _not_audio(path, head, error) from error
     stream = container.streams.best("audio")
     if stream is None:
-        raise AudioError(
+        # FFmpeg takes some texts for subtitles.
+        raise _text_file(path, head) or AudioError(
             _("{path}: there is no audio track in it. Record it again with the microphone on.").format(path=path)
         )
     if stream.codec_context is None:
@@ -349,17 +350,22 @@ def _check_rate(path: Name, rate: int) -> None:
 def _not_audio(path: Name, head: bytes, error: Exception) -> AudioError:
     if head[4:8] == b"ftyp" or head[:4] == b"OggS":
         return end_missing(path)
-    if not re.search(rb"[\0-\x08\x0e-\x1f]", head):
-        beginning = " ".join(head[:200].decode("utf-8", errors="replace").split())[:40]
-        return AudioError(
-            _("{path}: this is a text file, not audio. It begins with “{beginning}”.").format(
-                path=path, beginning=beginning
-            )
-        )
-    return AudioError(
+    return _text_file(path, head) or AudioError(
         _(
             "{path}: no sound that can be decoded ({reason}). Check that a media player plays it; if so, save it as WAV."
         ).format(path=path, reason=getattr(error, "strerror", None) or error)
+    )
+
+
+def _text_file(path: Name, head: bytes) -> AudioError | None:
+    """What to say of a file that begins with nothing but text; None of any other."""
+    if re.search(rb"[\0-\x08\x0e-\x1f]", head):
+        return None
+    beginning = " ".join(head[:200].decode("utf-8", errors="replace").split())[:40]
+    return AudioError(
+        _("{path}: this is a text file, not audio. It begins with “{beginning}”.").format(
+            path=path, beginning=beginning
+        )
     )
 
 
