@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from resonance import cli
 from resonance.cli import run
 from resonance.data.audio import iter_blocks
 from resonance.model.adapters import read_info
@@ -228,3 +229,20 @@ def test_a_signal_while_converting_leaves_whole_files_and_the_next_run_does_the_
     assert [(path.name, soundfile.info(path).frames) for path in target.iterdir()] == [("0.wav", 16_000 * 20)]
     assert run(["data", "convert", str(source), str(target), "--workers", "1"]) == 0
     assert sorted(path.name for path in target.iterdir()) == ["0.wav", "1.wav", "2.wav"]
+
+
+@BOTH
+def test_a_signal_while_a_library_is_being_imported_ends_the_command_without_a_traceback(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Attribute:
+        def __set_name__(self, owner: type, name: str) -> None:
+            os.kill(os.getpid(), number)
+
+    def importing(argv: list[str]) -> int:
+        type("OfALibrary", (), {"attribute": Attribute()})
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "train", importing)
+    assert run(["train"]) == code
+    assert capsys.readouterr().err == "Stopped.\n"

@@ -48,6 +48,10 @@ def run(argv: list[str]) -> int:
                 code = dispatch(argv)
             except SystemExit as end:  # the help was asked for
                 code = int(end.code or 0)
+            except Exception as error:
+                if stopped := interruption(error):
+                    raise stopped from None
+                raise
             sys.stdout.flush()  # here a broken pipe can be caught
             return code
     except ResonanceError as error:
@@ -59,6 +63,14 @@ def run(argv: list[str]) -> int:
         # Python flushes stdout once more when it ends, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def interruption(error: BaseException) -> Interrupted | KeyboardInterrupt | None:
+    """The signal behind this error: Python 3.11 makes a RuntimeError of what comes up while a class is being defined."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, Interrupted | KeyboardInterrupt):
+        found = found.__cause__
+    return found
 
 
 def leave(code: int) -> NoReturn:
