@@ -103,7 +103,7 @@ def test_windows_are_joined_as_the_script_is_written(texts: list[str], joined: s
     for i, text in enumerate(texts):
         window = files.Window(float(i), 1.0, None, speech.Spoken(0.0, 1.0, 0.0), np.zeros(0, np.float32))
         recording.heard.append((window, Transcript(text, "zh", (TimedText(0.0, 1.0, text),) if text else ())))
-    assert files._result(recording, DecodeSettings(), LongAudio()).text == joined
+    assert recording.result(DecodeSettings(), LongAudio()).text == joined
 
 
 def test_memory_does_not_grow_with_the_number_or_the_length_of_recordings(
@@ -211,9 +211,9 @@ def test_the_language_is_that_of_most_of_what_was_said(tmp_path: Path) -> None:
     for i, (text, language) in enumerate([("", "en"), ("我想", "zh"), ("喝水", "zh"), ("ok", "en")]):
         window = files.Window(float(i), 1.0, 0.9, speech.Spoken(0.0, 1.0, 1.0), np.zeros(0, np.float32))
         recording.heard.append((window, Transcript(text, language, (TimedText(0.0, 1.0, text),) if text else ())))
-    assert files._result(recording, DecodeSettings(), LongAudio()).language == "zh"
+    assert recording.result(DecodeSettings(), LongAudio()).language == "zh"
     empty = files.Recording(Span(tmp_path / "b.wav"), read=True)
-    assert files._result(empty, DecodeSettings("de"), LongAudio()).language == "de"
+    assert empty.result(DecodeSettings("de"), LongAudio()).language == "de"
 
 
 def test_a_phrase_heard_in_noise_is_no_answer(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_phrase_heard_in_noise_is_no_answer(tmp_path: Path) -> None:
     window = files.Window(0.0, 1.0, 0.1, speech.Spoken(0.0, 1.0, 0.0), np.zeros(0, np.float32))
     heard = Transcript("open the door", "en", (TimedText(0.0, 1.0, "open the door"),), phrase="open the door")
     recording.heard.append((window, heard))
-    result = files._result(recording, DecodeSettings(), LongAudio(skip_nonspeech=True))
+    result = recording.result(DecodeSettings(), LongAudio(skip_nonspeech=True))
     assert (result.text, result.phrase, result.left_out[0].text) == ("", None, "open the door")
 
 

@@ -15,12 +15,11 @@ import numpy as np
 from resonance.data.audio import iter_blocks, probe
 from resonance.errors import AudioError, ModelError
 from resonance.messages import _
+from resonance.transcribe.assemble import UNHEARD, is_silent, put_together
 from resonance.transcribe.longform import Samples, Window, windows
-from resonance.transcribe.recognizer import DecodeSettings, Recognizer, TimedText, Transcript
+from resonance.transcribe.recognizer import DecodeSettings, Recognizer, Transcript
 from resonance.transcribe.result import FileResult
-from resonance.transcribe.segments import follows_speech, joined, spread
 from resonance.transcribe.sequential import decode_in_sequence
-from resonance.transcribe.speech import NOBODY, nobody_spoke
 from resonance.units import WINDOW_SECONDS
 
 # Windows decoded together, so that clips of like length meet in a batch: so many batches' worth, or 58 MB of audio.
@@ -28,7 +27,6 @@ POOL_BATCHES = 16
 POOL_SECONDS = 900.0
 READERS = 2
 NO_AUDIO = np.zeros(0, np.float32)
-UNHEARD = Transcript("", None)  # of a window in which nobody speaks: whatever a model wrote would be left out
 READ_AHEAD = 32  # recordings that are being read, or have been and wait for their turn
 
 
@@ -63,6 +61,17 @@ class Recording:
     @property
     def finished(self) -> bool:
         return self.read and all(transcript is not None for _window, transcript in self.heard)
+
+    def result(self, settings: DecodeSettings, long_audio: LongAudio) -> FileResult:
+        heard = [(window, transcript) for window, transcript in self.heard if transcript is not None]
+        return put_together(
+            str(self.span.path),
+            heard,
+            settings,
+            skip_nonspeech=long_audio.skip_nonspeech,
+            no_speech_threshold=long_audio.no_speech_threshold,
+            error=self.error,
+        )
 
 
 def transcribe_files(
@@ -124,7 +133,7 @@ def _in_windows(
     for pool in _pools(_windows(spans, most, waiting), POOL_BATCHES * batch_size):
         order = []
         for i, (recording, window, place) in enumerate(pool):
-            if long_audio.skip_nonspeech and window.speech is not None and window.speech < NOBODY:
+            if long_audio.skip_nonspeech and is_silent(window):
                 recording.heard[place] = (replace(window, audio=NO_AUDIO), UNHEARD)
                 progress(0, window.seconds)
             else:
@@ -138,13 +147,13 @@ def _in_windows(
             progress(0, sum(window.seconds for _recording, window, _place in batch))
         finished = 0
         while waiting and waiting[0].finished:
-            yield _result(waiting.popleft(), settings, long_audio)
+            yield waiting.popleft().result(settings, long_audio)
             finished += 1
         if finished:
             progress(finished, 0.0)
     finished = len(waiting)
     while waiting:
-        yield _result(waiting.popleft(), settings, long_audio)
+        yield waiting.popleft().result(settings, long_audio)
     if finished:
         progress(finished, 0.0)
 
@@ -259,57 +268,5 @@ def _in_sequence(
                 progress(0, window.seconds)
         except AudioError as error:
             recording.error = str(error)
-        yield _result(recording, settings, long_audio)
+        yield recording.result(settings, long_audio)
         progress(1, 0.0)
-
-
-def _result(recording: Recording, settings: DecodeSettings, long_audio: LongAudio) -> FileResult:
-    """The windows of a recording put together, at their true times."""
-    segments: list[TimedText] = []
-    left_out: list[TimedText] = []
-    languages: dict[str, float] = {}  # seconds of what was kept
-    text, duration = "", 0.0
-    only: Transcript | None = None  # what was heard, where that is in one window
-    for window, heard in recording.heard:
-        assert heard is not None  # the recording is finished
-        duration = window.start + window.seconds
-        only = heard
-        if heard is UNHEARD:
-            left_out.append(TimedText(window.start, window.start + window.seconds, ""))
-        if not heard.text:
-            continue
-        pieces = heard.segments
-        if settings.times != "none" and not heard.timed and not follows_speech(pieces, window.spoken.seconds):
-            pieces = spread(pieces, window.spoken.start, window.spoken.end)
-        shifted = [_shifted(segment, window.start) for segment in pieces]
-        if long_audio.skip_nonspeech and nobody_spoke(
-            window.speech,
-            heard,
-            no_speech_threshold=long_audio.no_speech_threshold,
-            log_prob_threshold=settings.log_prob_threshold,
-            loop_ratio=settings.compression_ratio_threshold,
-        ):
-            left_out += shifted
-            only = None
-            continue
-        segments += shifted
-        text = joined(text, heard.text)
-        if heard.language:
-            languages[heard.language] = languages.get(heard.language, 0.0) + window.seconds
-    alone = only if len(recording.heard) == 1 else None
-    return FileResult(
-        str(recording.span.path),
-        text,
-        max(languages, key=lambda code: languages[code]) if languages else settings.language,
-        duration,
-        tuple(segments),
-        recording.error,
-        tuple(left_out),
-        alone.phrase if alone else None,
-        alone.phrase_score if alone else None,
-    )
-
-
-def _shifted(segment: TimedText, seconds: float) -> TimedText:
-    words = tuple(replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words)
-    return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)
