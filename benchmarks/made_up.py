@@ -13,9 +13,11 @@ TEXT_TOKENS = 50_257  # size of Whisper's byte-pair vocabulary, before `<|endoft
 LANGUAGES = 99
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, *, small: bool = False) -> Path:
     """Write a random checkpoint of whisper-tiny's shape: 39 million weights and a vocabulary of 51,865 tokens, in
     Whisper's layout. Text becomes one token a byte; the tokens that byte pairs would take are there and never occur.
+
+    small: two layers, 64 wide, and without those tokens: for what is about everything but the model.
     """
     import torch
     from transformers import (
@@ -29,7 +31,9 @@ def write_model(folder: Path) -> Path:
     from transformers.models.whisper.tokenization_whisper import LANGUAGES as NAMES
 
     pieces = list(bytes_to_unicode().values())
-    pieces += [f"unused{i}" for i in range(TEXT_TOKENS - len(pieces))]
+    if not small:
+        pieces += [f"unused{i}" for i in range(TEXT_TOKENS - len(pieces))]
+    width, layers = (64, 2) if small else (384, 4)
     specials = ["<|startoftranscript|>", *(f"<|{code}|>" for code in list(NAMES)[:LANGUAGES])]
     tasks = ["<|translate|>", "<|transcribe|>"]
     modes = ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
@@ -47,13 +51,13 @@ def write_model(folder: Path) -> Path:
     model = WhisperForConditionalGeneration(
         WhisperConfig(
             vocab_size=len(tokenizer),
-            d_model=384,
-            encoder_layers=4,
-            decoder_layers=4,
-            encoder_attention_heads=6,
-            decoder_attention_heads=6,
-            encoder_ffn_dim=1536,
-            decoder_ffn_dim=1536,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=width // 64,
+            decoder_attention_heads=width // 64,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=4 * width,
             decoder_start_token_id=start,
             **end,
         )
