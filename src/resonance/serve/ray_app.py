@@ -1,0 +1,151 @@
+"""`resonance serve --engine ray`: the same application on Ray Serve, with the model several times, on one or many machines.
+
+One deployment, the front, has the routes and knows who may; the other, `models`, has a `Service` in each replica. Ray sends
+a person's requests to the replica that says it has their adapter. Ray's own batching is not used: it takes batches apart by
+adapter, and mixing them is what makes a replica fast.
+
+What is sent stays in memory: Ray's object store may not write what does not fit to disk (`NO_SPILLING`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+from typing import Any
+
+from resonance.config_serve import ServeConfig
+from resonance.errors import MissingExtraError, ResonanceError
+from resonance.messages import _
+from resonance.serve.replica import Replica
+
+APP = "resonance"
+MODELS = "models"
+FRONT_REQUESTS = 10_000  # under way at the same time; what may wait is limited by seconds of audio, in the replicas
+BATCHES_UNDER_WAY = 4  # in one replica; then another takes a person's requests, too
+BATCHES_WAITING = 16
+MEBIBYTE = 1 << 20
+OBJECT_STORE_UPLOADS = 8  # of the largest size, in the memory that Ray shares between processes
+HEALTH_SECONDS = 5.0
+# Before Ray is imported. The first: nothing is reported to its makers.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_automatic_object_spilling_enabled": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the audit log has who asked for what
+
+
+def serve_with_ray(config: ServeConfig) -> int:
+    """Answer until SIGTERM or Ctrl-C. Raises MissingExtraError without Ray, ResonanceError where it cannot begin."""
+    ray, serve = import_ray()
+    port = config.port or free_port(config.host)
+    ray.init(
+        include_dashboard=False,
+        object_store_memory=max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb)) * MEBIBYTE,
+        logging_level="warning",
+        **({} if os.environ.get("RAY_ADDRESS") else {"address": "local"}),
+    )
+    try:
+        serve.start(
+            http_options={"host": config.host, "port": port}, proxy_location="EveryNode", logging_config=QUIET
+        )
+        print(_("Starting {count} copies of {model} with Ray …").format(count=config.min_replicas, model=config.model))
+        try:
+            serve.run(application(serve, config), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise ResonanceError(
+                _("Ray cannot start the copies of the model: {reason}").format(reason=error)
+            ) from None
+        print(_("Listening on {address}").format(address=f"http://{config.host}:{port}"), flush=True)
+        wait_for_signal()
+        return 0
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def import_ray() -> tuple[Any, Any]:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtraError(
+            _('--engine ray needs the package ray ({reason}). Install it: pip install "resonance-asr[ray]"').format(
+                reason=error
+            )
+        ) from None
+    return ray, serve
+
+
+def application(serve: Any, config: ServeConfig) -> Any:
+    """Both deployments, bound."""
+    drain = {"graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": 0.5}
+    models = serve.deployment(
+        multiplexed(serve, config.adapters_per_replica),
+        name=MODELS,
+        max_ongoing_requests=BATCHES_UNDER_WAY * config.batch_size,
+        max_queued_requests=BATCHES_WAITING * config.batch_size,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        health_check_period_s=HEALTH_SECONDS,
+        logging_config=QUIET,
+        **scaling(config),
+        **drain,
+    )
+
+    def front() -> Any:
+        from resonance.serve.ray_front import build
+
+        return build(config, serve.get_deployment_handle(MODELS, app_name=APP))
+
+    routes = serve.deployment(
+        serve.ingress(front)(),
+        name="front",
+        num_replicas=1,  # one count of what a token has asked for
+        max_ongoing_requests=FRONT_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=QUIET,
+        **drain,
+    )
+    return routes.bind(models.bind(config))
+
+
+def multiplexed(serve: Any, adapters: int) -> type:
+    """`Replica`, of which Ray knows whose adapters it has."""
+
+    @serve.multiplexed(max_num_models_per_replica=adapters)  # type: ignore[untyped-decorator]
+    async def hold(self: Replica, patient: str) -> str:
+        return patient
+
+    return type("Model", (Replica,), {"hold": hold})
+
+
+def scaling(config: ServeConfig) -> dict[str, Any]:
+    least, most = config.min_replicas, max(config.min_replicas, config.max_replicas)
+    if least == most:
+        return {"num_replicas": least}
+    wanted = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": config.batch_size}
+    return {"autoscaling_config": wanted}
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+        found.bind((host, 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for_signal() -> None:
+    asked = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        asked.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    while not asked.wait(1.0):  # a wait without end is not woken by signals on Windows
+        pass

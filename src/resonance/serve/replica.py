@@ -1,0 +1,155 @@
+"""What the front of the service and a copy of the model on another machine say to each other, and the copy itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import tempfile
+import time
+import zipfile
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from resonance.config_serve import ServeConfig
+from resonance.errors import DataError, ModelError, ResonanceError
+from resonance.serve.archives import unpack
+from resonance.serve.faults import ServiceError
+from resonance.serve.service import Service, create_service
+from resonance.serve.speech import Answer, SpeechRequest
+from resonance.serve.store import VersionInfo
+from resonance.transcribe.recognizer import TimedText
+
+Given = TypeVar("Given")
+MEGABYTE = 1_000_000
+MOST_FILES = 100
+LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A ServiceError as a value. As an exception it would lose all but its text on the way, and be logged with that."""
+
+    status: int
+    code: str
+    message: str
+    hint: str
+    param: str | None
+    retry_after: int | None
+
+    @classmethod
+    def of(cls, error: ServiceError) -> Refusal:
+        return cls(error.status, error.code, error.message, error.hint, error.param, error.retry_after)
+
+    def error(self) -> ServiceError:
+        return ServiceError(
+            self.status, self.code, self.message, self.hint, param=self.param, retry_after=self.retry_after
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """Settings that the model, or the data, cannot be decoded with: DataError and ModelError as a value."""
+
+    message: str
+
+    def error(self) -> ResonanceError:
+        return DataError(self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the front has to know of the model."""
+
+    base_name: str
+    base_fingerprint: str
+    metrics: bytes  # Prometheus's text format
+
+
+class Replica:
+    """One copy of the model with its adapters: a `Service` that is asked by another process.
+
+    Times travel as seconds that are left, because every machine has a clock of its own.
+    """
+
+    async def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.service: Service = create_service(config)
+        await self.service.start()
+        while self.service.state.status == "loading":
+            await asyncio.sleep(LOOK_SECONDS)
+        self.check_health()
+
+    def check_health(self) -> None:
+        """Raises where the model does not answer any more: the copy is replaced then."""
+        state = self.service.state
+        if state.status == "broken":
+            raise RuntimeError(state.reason)
+
+    async def about(self) -> About:
+        content, _type = self.service.metrics.exposition()
+        return About(self.service.base_name, self.service.base_fingerprint, content)
+
+    async def transcribe(self, request: SpeechRequest, seconds: float) -> Answer | Refusal | Mistake:
+        """`seconds`: left until the deadline, whatever clock that was on."""
+        await self.announce(request.patient)
+        return await _said(self.service.transcribe(replace(request, deadline=time.monotonic() + seconds)))
+
+    async def stream(
+        self, request: SpeechRequest, seconds: float
+    ) -> AsyncIterator[TimedText | Answer | Refusal | Mistake]:
+        await self.announce(request.patient)
+        try:
+            async for piece in self.service.stream(replace(request, deadline=time.monotonic() + seconds)):
+                yield piece
+        except ServiceError as error:
+            yield Refusal.of(error)
+        except (DataError, ModelError) as error:
+            yield Mistake(str(error))
+
+    async def check(self) -> Refusal | Mistake | None:
+        return await _said(self.service.check())
+
+    async def put_adapter(self, patient: str, packed: bytes) -> VersionInfo | Refusal | Mistake:
+        """`packed`: the adapter folder as a zip file."""
+        with tempfile.TemporaryDirectory(prefix="resonance-adapter-") as place:
+            archive, folder = Path(place) / "adapter.zip", Path(place) / "adapter"
+            archive.write_bytes(packed)
+            folder.mkdir()
+            most = int(self.config.max_adapter_mb * MEGABYTE)
+            await asyncio.to_thread(unpack, archive, folder, most, MOST_FILES)
+            return await _said(self.service.put_adapter(patient, folder))
+
+    async def announce(self, patient: str | None) -> None:
+        """Read the person's adapter, and let the front know that it is here. Where there is none, the request says so."""
+        if patient is None or self.service.pool is None:
+            return
+        with contextlib.suppress(ServiceError):
+            pool = self.service.pool
+            pool.release(await asyncio.to_thread(pool.acquire, patient))
+            await self.hold(patient)
+
+    async def hold(self, patient: str) -> str:
+        """Overridden with Ray's bookkeeping of who holds what."""
+        return patient
+
+
+async def _said(work: Awaitable[Given]) -> Given | Refusal | Mistake:
+    try:
+        return await work
+    except ServiceError as error:
+        return Refusal.of(error)
+    except (DataError, ModelError) as error:
+        return Mistake(str(error))
+
+
+def packed(folder: Path) -> bytes:
+    """The files of an adapter folder as a zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder).as_posix())
+    return buffer.getvalue()
