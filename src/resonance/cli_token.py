@@ -69,6 +69,8 @@ def _what(token: Token) -> str:
             opens = _("transcribes with the base model")
     if token.revoked:
         return _("{opens}; revoked {date}").format(opens=opens, date=token.revoked[:10])
+    if token.expired:
+        return _("{opens}; expired {date}").format(opens=opens, date=str(token.expires)[:10])
     if token.expires:
         return _("{opens}; until {date}").format(opens=opens, date=token.expires[:10])
     return opens

@@ -79,7 +79,7 @@ def write_text_atomic(path: Path, parts: Iterable[str], *, bom: bool = False, mo
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         encoding = "utf-8-sig" if bom else "utf-8"
-        with open(temporary, "w", encoding=encoding, newline="", opener=partial(os.open, mode=mode)) as stream:  # noqa: PTH123 - Path.open takes no opener
+        with open(temporary, "w", encoding=encoding, newline="", opener=partial(os.open, mode=mode)) as stream:
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())

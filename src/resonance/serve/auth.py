@@ -66,6 +66,14 @@ class Auth:
         self._failures = _Buckets(FAILURES_PER_MINUTE)
         self._lock = threading.Lock()
 
+    @classmethod
+    def from_config(cls, config: ServeConfig) -> Auth:
+        """Raises ConfigError when there is a file with tokens and it cannot be used."""
+        file = TokenFile(config.tokens)
+        if config.auth == "token":
+            file.tokens()
+        return cls(file, config)
+
     def caller(self, authorization: str | None, client_host: str) -> Caller:
         """Raises ServiceError 401 token_missing or token_invalid, 429 too_many_requests, 503 tokens_unreadable."""
         if self._off:

@@ -49,8 +49,13 @@ class Token:
     expires: str | None = None
     revoked: str | None = None
 
-    def valid(self, now: datetime) -> bool:
-        return self.revoked is None and (self.expires is None or now < datetime.fromisoformat(self.expires))
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and _now() >= datetime.fromisoformat(self.expires)
+
+    @property
+    def valid(self) -> bool:
+        return self.revoked is None and not self.expired
 
 
 class TokenFile:
@@ -90,7 +95,7 @@ class TokenFile:
         digest = _digest(secret)
         # By its hash: what the time of this look-up could tell of a stored hash does not lead to a secret.
         token = self._by_hash.get(digest)
-        if token is None or not hmac.compare_digest(token.sha256, digest) or not token.valid(_now()):
+        if token is None or not hmac.compare_digest(token.sha256, digest) or not token.valid:
             return None
         return token
 
@@ -139,12 +144,7 @@ class TokenFile:
     def _look(self) -> None:
         if (now := time.monotonic()) - self._looked < CHECK_SECONDS:
             return
-        try:
-            found = self.path.stat()
-            # The inode too: files are replaced, and two changes may fall into one tick of the clock.
-            seen = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
-        except OSError:
-            seen = ()
+        seen = _state(self.path)
         if seen != self._seen:
             self._by_hash = {}
             self._by_hash = {token.sha256: token for token in self.tokens()}
@@ -182,6 +182,16 @@ def default_path() -> Path:
     """tokens.json in $RESONANCE_HOME, or in the user's folder for settings."""
     home = os.environ.get("RESONANCE_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".config" / "resonance") / "tokens.json"
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Something that is another when the file is."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    # The inode too: files are replaced, and two changes may fall into one tick of the clock.
+    return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode)
 
 
 def _token(row: Any) -> Token:
