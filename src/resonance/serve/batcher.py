@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.model.memory_full import is_memory_full
+from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
 from resonance.serve.faults import ServiceError
 from resonance.serve.pace import Pace
@@ -83,7 +85,7 @@ class Batcher:
         self._began: float | None = None  # when the model was given what it computes now
         self._worked: float | None = None  # when it last answered
         self._fault: str | None = None  # why it does not answer, where that may pass
-        self._closed: ServiceError | None = None  # what everybody gets from now on
+        self._closed: Callable[[], ServiceError] | None = None  # what everybody gets from now on
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="resonance-inference", daemon=True)
 
@@ -96,7 +98,7 @@ class Batcher:
         work = Work(row, person, deadline, self._engine.positions(len(row.audio), row.adapter))
         with self._changed:
             if self._closed:
-                raise self._closed
+                raise self._closed()
             self._queue.put(work)
             self._changed.notify()
         work.future.add_done_callback(lambda future: self._forget(work) if future.cancelled() else None)
@@ -111,7 +113,7 @@ class Batcher:
         with self._changed:
             recently = self._worked is not None and time.monotonic() - self._worked < fresh_seconds
             if self._closed:
-                asked.set_exception(self._closed)
+                asked.set_exception(self._closed())
             elif recently and self._began is None and not self._queue and not self._fault:
                 asked.set_result(None)
             else:
@@ -127,9 +129,9 @@ class Batcher:
             return _("A batch has been computing for {seconds:.0f} s: the model is stuck.").format(
                 seconds=time.monotonic() - began
             )
-        return self._closed.message if self._closed else self._fault
+        return self._closed().message if self._closed else self._fault
 
-    def close(self, error: ServiceError) -> None:
+    def close(self, error: Callable[[], ServiceError]) -> None:
         """Nothing is decoded any more but what is under way. Everybody who waits gets `error`."""
         with self._changed:
             self._closed = self._closed or error
@@ -138,7 +140,7 @@ class Batcher:
             self._changed.notify()
         _fail_all(waiting, error)
         for check in checks:
-            _fail(check, error)
+            _fail(check, error())
 
     def join(self, seconds: float) -> bool:
         """Whether the thread has ended, after at most so many seconds."""
@@ -162,7 +164,11 @@ class Batcher:
                 self._running = []
         except BaseException as error:  # whatever it is: nobody would ever be answered
             log.exception("the inference thread has ended")
-            dead = broken(_what(error))
+            what = _what(error)
+
+            def dead() -> ServiceError:
+                return broken(what)
+
             self._began = None
             self.close(dead)
             _fail_all(self._running, dead)
@@ -209,7 +215,7 @@ class Batcher:
             return False
         if time.monotonic() > work.deadline:
             self._observer.dropped("deadline")
-            _fail(work.future, late())
+            _fail(work.future, deadline_passed())
             return False
         return True
 
@@ -221,7 +227,7 @@ class Batcher:
         while parts:
             part = parts.pop()
             if self._fault:
-                _fail_all(part, broken(self._fault))
+                _fail_all(part, functools.partial(broken, self._fault))
                 continue
             positions = part[0].positions
             came = self._compute([work.row for work in part], positions)
@@ -241,10 +247,10 @@ class Batcher:
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
             elif came.memory:
-                _fail_all(part, _too_large())
+                _fail_all(part, _too_large)
             else:
                 self._observer.failed()
-                _fail_all(part, _inference_failed())
+                _fail_all(part, _inference_failed)
                 self._examine()
 
     def _examine(self) -> None:
@@ -296,16 +302,6 @@ class Failure(NamedTuple):
     what: str
 
 
-def late() -> ServiceError:
-    """The request's deadline has passed."""
-    return ServiceError(
-        504,
-        "deadline",
-        _("The recording was not transcribed in time."),
-        _("Send shorter recordings, or try again when the service has less to do."),
-    )
-
-
 def not_ready(reason: str) -> ServiceError:
     """The model does not answer now."""
     return ServiceError(
@@ -353,9 +349,9 @@ def _what(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _fail_all(works: list[Work], error: ServiceError) -> None:
-    for work in works:
-        _fail(work.future, error)
+def _fail_all(works: list[Work], error: Callable[[], ServiceError]) -> None:
+    for work in works:  # each its own: an exception remembers everywhere it was raised
+        _fail(work.future, error())
 
 
 def _fail(future: Future[Any], error: ServiceError) -> None:
