@@ -38,6 +38,14 @@ class AudioError(DataError):
     """One audio file that cannot be decoded. The message names the file."""
 
 
+class NoSoundError(AudioError):
+    """An audio file of 0 seconds."""
+
+
+class TooLongError(AudioError):
+    """More sound than may be decoded."""
+
+
 class ShardError(DataError):
     """A part of streamed data that is missing, damaged or out of reach. The message names it."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import soxr
 
 from resonance.data.decoders import Blocks, Name, Samples, Source, end_missing, open_source
-from resonance.errors import AudioError, DataError
+from resonance.errors import AudioError, DataError, NoSoundError, TooLongError
 from resonance.messages import _
 from resonance.units import SAMPLE_RATE
 
@@ -44,33 +44,30 @@ def read_audio(
     """The sound of a file, or of the span from `start` to `end` (seconds), as float32 [samples] at 16 kHz, mono.
 
     Values are as decoded, with no change of level; channels are averaged. All of what was asked for is there, and all of
-    it is finite. Raises AudioError, which names the file and what is wrong with it, also when there is more than
+    it is finite. Raises AudioError, which names the file and what is wrong with it, TooLongError when there is more than
     `max_seconds` of sound: decoding stops there. With `data`, the content of a file held in memory, `path` only names it.
     """
-    limit = math.inf if max_seconds is None else round(max_seconds * SAMPLE_RATE) + 1
-    blocks: list[Samples] = []
-    total = 0
     with open_source(path, data) as source:
         if source.cut_off and end is None:
             raise end_missing(source.path)
-        known_end = end if end is not None else source.promised
-        if max_seconds is not None and known_end is not None and (known_end - start) * SAMPLE_RATE > limit:
-            raise _too_long(source.path, max_seconds)
-        for block in _at_16khz(source, start, end):
-            total += len(block)
-            if total > limit:
-                raise _too_long(source.path, max_seconds)
-            blocks.append(block)
+        blocks = list(_bounded(source, start, end, max_seconds))
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def iter_blocks(path: str | Path, start: float = 0.0, end: float | None = None) -> Iterator[Samples]:
+def iter_blocks(
+    path: str | Path,
+    start: float = 0.0,
+    end: float | None = None,
+    *,
+    max_seconds: float | None = None,
+    data: bytes | None = None,
+) -> Iterator[Samples]:
     """Like `read_audio`, piece by piece in bounded memory: float32 [samples] at 16 kHz, some seconds each.
 
     A file that is damaged or cut off raises AudioError after its readable part.
     """
-    with open_source(Path(path)) as source:
-        yield from _at_16khz(source, start, end)
+    with open_source(path, data) as source:
+        yield from _bounded(source, start, end, max_seconds)
 
 
 def probe(path: str | Path, data: bytes | None = None) -> AudioInfo:
@@ -122,6 +119,20 @@ def write_wav(path: str | Path, audio: Samples | Iterable[Samples]) -> None:
             temporary.unlink()
 
 
+def _bounded(source: Source, start: float, end: float | None, max_seconds: float | None) -> Iterator[Samples]:
+    """The blocks of a span; TooLongError where the header or the samples show more than `max_seconds` of them."""
+    limit = math.inf if max_seconds is None else round(max_seconds * SAMPLE_RATE) + 1
+    known_end = end if end is not None else source.promised
+    if known_end is not None and (min(known_end, source.readable) - start) * SAMPLE_RATE > limit:
+        raise _too_long(source.path, max_seconds)
+    total = 0
+    for block in _at_16khz(source, start, end):
+        total += len(block)
+        if total > limit:
+            raise _too_long(source.path, max_seconds)
+        yield block
+
+
 def _at_16khz(source: Source, start: float, end: float | None) -> Iterator[Samples]:
     rate, resampler = SAMPLE_RATE, None
     produced = 0
@@ -161,7 +172,7 @@ def _checked(source: Source, start: float, end: float | None) -> Blocks:
     if source.cut_off and (end is None or end > start + delivered):
         raise end_missing(source.path)
     if not delivered:
-        raise AudioError(_("{path}: holds no sound (0 seconds). Record it again.").format(path=source.path))
+        raise NoSoundError(_("{path}: holds no sound (0 seconds). Record it again.").format(path=source.path))
 
 
 def _refuse_not_finite(path: Name, block: Samples, seconds: float) -> None:
@@ -198,8 +209,8 @@ def _bad_span(path: Name, start: float, end: float | None, duration: float | Non
     )
 
 
-def _too_long(path: Name, max_seconds: float | None) -> AudioError:
-    return AudioError(
+def _too_long(path: Name, max_seconds: float | None) -> TooLongError:
+    return TooLongError(
         _("{path}: longer than the {limit:g} seconds allowed. Cut it into shorter pieces.").format(
             path=path, limit=max_seconds
         )

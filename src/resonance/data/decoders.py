@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from resonance.errors import AudioError
+from resonance.errors import AudioError, NoSoundError
 from resonance.messages import _
 
 Samples = npt.NDArray[np.float32]
@@ -74,7 +74,7 @@ def open_source(path: Name, data: bytes | None = None) -> Iterator[Source]:
         else:
             handle, head, size = _open_file(Path(path), stack)
         if not size:
-            raise AudioError(_("{path}: the file is empty (0 bytes). Copy or record it again.").format(path=path))
+            raise NoSoundError(_("{path}: the file is empty (0 bytes). Copy or record it again.").format(path=path))
         if head.startswith(SOUNDFILE_STARTS) and (file := _open_soundfile(path, data)):
             stack.callback(file.close)
             yield _soundfile_source(path, data, file, handle, head)

@@ -18,6 +18,14 @@ class Upload:
     name: str  # for messages only
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What could be read of an upload."""
+
+    samples: np.ndarray  # float32 [samples] at 16 kHz, at least one
+    warning: str | None  # where and why reading ended before the end: goes into FileResult.error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechRequest:
     """One recording to transcribe."""
