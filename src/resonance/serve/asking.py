@@ -1,0 +1,80 @@
+"""What all routes begin with: who asks, for whom, until when, and whether he is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from resonance.config_serve import ServeConfig
+from resonance.messages import _
+from resonance.serve.auth import Auth, Caller
+from resonance.serve.faults import ServiceError
+
+if TYPE_CHECKING:
+    from resonance.serve.service import Service
+
+Answered = TypeVar("Answered")
+# Documents the header; `Auth` reads it.
+_bearer = HTTPBearer(auto_error=False, description="A token of `resonance token create`.")
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def config_of(request: Request) -> ServeConfig:
+    config: ServeConfig = request.app.state.config
+    return config
+
+
+def caller_of(
+    request: Request, _header: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)] = None
+) -> Caller:
+    """Who asks. Raises ServiceError 401 or 429, before any of the body is read."""
+    auth: Auth = request.app.state.auth
+    return auth.caller(request.headers.get("authorization"), request.client.host if request.client else "")
+
+
+Who = Annotated[Caller, Depends(caller_of)]
+
+
+def deadline(config: ServeConfig) -> float:
+    """On the clock of time.monotonic()."""
+    return time.monotonic() + config.deadline_seconds
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:
+    """What `work` gives. It is cancelled when the client goes away, so that nobody's audio waits for nothing.
+
+    Call it when the body has been read: until then a message of the client may be a piece of the body.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        # Nobody reads this; 499 is what nginx counts it as.
+        raise ServiceError(499, "client_gone", _("The client has gone."), "")
+    finally:
+        await _end(gone)
+        await _end(task)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: Awaitable[Any]) -> None:
+    if isinstance(task, asyncio.Future) and not task.done():
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

@@ -1,0 +1,79 @@
+"""The OpenAPI document: forms with their fields and examples, and security only where it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from resonance import __version__
+from resonance.config_serve import ServeConfig
+from resonance.languages import LANGUAGES
+
+Schema = dict[str, Any]
+
+TEXT = """Speech to text, each request answered by the model of the person who speaks.
+
+Every answer says which adapter made it, by name, version and fingerprint. Where the adapter that was asked for is not there or
+cannot be used, the request is refused: the base model answers in its place only with `fallback=base`."""
+
+FILE: Schema = {
+    "type": "string",
+    "format": "binary",
+    "description": "Recording: WAV, FLAC, MP3, M4A, Ogg, WebM and whatever FFmpeg reads.",
+}
+PATIENT: Schema = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 64,
+    "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+    "description": "Whose adapter answers. Left out, the token's own, else the base model.",
+    "examples": ["anna"],
+}
+LANGUAGE: Schema = {
+    "type": "string",
+    "enum": sorted(LANGUAGES),
+    "description": "Language spoken. Left out, the one of the adapter, else it is found out. English names are taken too.",
+    "examples": ["en"],
+}
+PROMPT: Schema = {
+    "type": "string",
+    "maxLength": 2000,
+    "description": "What was said before, or names as they are spelt. Its last 223 tokens count.",
+    "examples": ["Anna, Ørjan"],
+}
+FALLBACK: Schema = {
+    "type": "string",
+    "enum": ["none", "base"],
+    "default": "none",
+    "description": "base: the base model answers where this person has no adapter. Otherwise that is an error.",
+}
+
+
+def form(fields: Mapping[str, Schema], *required: str, example: Mapping[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of a route that takes this form."""
+    schema = {"type": "object", "properties": fields, "required": [*required], "additionalProperties": False}
+    content = {"schema": schema, "examples": {"recording": {"value": dict(example)}}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
+
+
+def describe(app: FastAPI, config: ServeConfig) -> None:
+    """Let `app.openapi()` give the document."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = get_openapi(title="Resonance", version=__version__, description=TEXT, routes=app.routes)
+            if config.auth == "off":
+                for path in found["paths"].values():
+                    for operation in path.values():
+                        operation.pop("security", None)
+                found.get("components", {}).pop("securitySchemes", None)
+            # Of FastAPI's own refusals, which never are sent: all have the one shape.
+            for name in ("HTTPValidationError", "ValidationError"):
+                found["components"]["schemas"].pop(name, None)
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]

@@ -1,0 +1,191 @@
+"""Who has an adapter; adapters put in place, rolled back and deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from resonance.messages import _
+from resonance.serve.archives import unpack
+from resonance.serve.asking import Who, config_of, service_of
+from resonance.serve.faults import ServiceError
+from resonance.serve.patients import check_patient_id
+from resonance.serve.shapes import IDS, AdapterShape, Deleted, Page, PatientList, VersionShape, refusals
+from resonance.serve.store import AdapterStore, VersionInfo
+from resonance.serve.uploads import read_archive
+
+router = APIRouter(tags=["patients"])
+COMMON = (400, 401, 403, 404, 409, 429, 500, 503)
+MEGABYTE = 1_000_000
+MOST_FILES = 100
+PACKED = {"type": "string", "format": "binary", "description": "The adapter folder as a zip file."}
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/zip": {"schema": PACKED},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": PACKED},
+                    "required": ["file"],
+                    "additionalProperties": False,
+                }
+            },
+        },
+    }
+}
+
+
+def _responses(status: int, text: str, *more: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"headers": IDS, "description": text}, **refusals(*COMMON, *more)}
+
+
+class Rollback(BaseModel):
+    """Which version answers from now on."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"version": "20260114-101500-3f2a"}, {}]})
+    version: str | None = None
+
+
+@router.get(
+    "/patients",
+    summary="Who has an adapter",
+    response_model=PatientList,
+    responses=_responses(200, "Ids in their order, a page at a time."),
+)
+async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]) -> JSONResponse:
+    caller.allow("manage")
+    after = None if page.after is None else check_patient_id(page.after)
+    store = store_of(request)
+    found = await asyncio.to_thread(store.patients, after, page.limit + 1)
+    some, more = found[: page.limit], len(found) > page.limit
+    return JSONResponse({"patients": some, "has_more": more, "after": some[-1] if more else None})
+
+
+@router.get(
+    "/patients/{patient_id}/adapter",
+    summary="The versions of a person's adapter",
+    response_model=AdapterShape,
+    responses=_responses(200, "All versions, and which answers."),
+)
+async def adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+    patient = check_patient_id(patient_id)
+    caller.allow(patient)
+    versions = await asyncio.to_thread(store_of(request).versions, patient)
+    if not versions:
+        raise no_adapter(patient)
+    current = next((version.name for version in versions if version.current), None)
+    return JSONResponse({"patient_id": patient, "current": current, "versions": [shape(v) for v in versions]})
+
+
+@router.put(
+    "/patients/{patient_id}/adapter",
+    summary="Put an adapter in place",
+    status_code=201,
+    response_model=VersionShape,
+    responses=_responses(201, "Checked, kept, and answering from now on.", 408, 413, 415, 422),
+    openapi_extra=UPLOAD,
+)
+async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+    """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
+    model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
+    patient = check_patient_id(patient_id)
+    caller.allow("manage")
+    store_of(request)
+    config, service = config_of(request), service_of(request)
+    if patient in (service.base_name, *config.model_names):
+        raise ServiceError(
+            409,
+            "reserved_name",
+            _("{name} is a name of the base model.").format(name=patient),
+            _("Choose another patient id."),
+            param="patient_id",
+        )
+    most = int(config.max_adapter_mb * MEGABYTE)
+    with tempfile.TemporaryDirectory(prefix="resonance-adapter-") as place:
+        packed, folder = Path(place) / "adapter.zip", Path(place) / "adapter"
+        await read_archive(request, packed, most)
+        folder.mkdir()
+        await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
+        stored = await service.put_adapter(patient, _adapter_in(folder))
+    return JSONResponse(shape(stored), status_code=201)
+
+
+@router.post(
+    "/patients/{patient_id}/adapter/rollback",
+    summary="Let an earlier version answer",
+    response_model=VersionShape,
+    responses=_responses(200, "The version that answers now.", 422),
+)
+async def roll_back(
+    request: Request, patient_id: str, caller: Who, wanted: Rollback | None = None
+) -> JSONResponse:
+    """Without a version, the one before."""
+    patient = check_patient_id(patient_id)
+    caller.allow("manage")
+    store = store_of(request)
+    version = wanted.version if wanted else None
+    return JSONResponse(shape(await asyncio.to_thread(store.roll_back, patient, version)))
+
+
+@router.delete(
+    "/patients/{patient_id}/adapter",
+    summary="Delete a person's adapter, all versions",
+    response_model=Deleted,
+    responses=_responses(200, "Nothing of it is left."),
+)
+async def delete_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+    patient = check_patient_id(patient_id)
+    caller.allow("manage")
+    store = store_of(request)
+    if not await asyncio.to_thread(store.has, patient):
+        raise no_adapter(patient)
+    await asyncio.to_thread(store.delete, patient)
+    return JSONResponse({"patient_id": patient, "deleted": True})
+
+
+def store_of(request: Request) -> AdapterStore:
+    store = service_of(request).store
+    if store is None:
+        raise ServiceError(
+            409,
+            "no_adapters",
+            _("This service runs without adapters: only the base model answers."),
+            _("Start it with --adapters and a folder."),
+        )
+    return store
+
+
+def no_adapter(patient: str) -> ServiceError:
+    return ServiceError(
+        404,
+        "adapter_not_found",
+        _("There is no adapter for {patient}.").format(patient=patient),
+        _("Put one in place first, or check the id."),
+        param="patient_id",
+    )
+
+
+def shape(version: VersionInfo) -> dict[str, Any]:
+    return {
+        "version": version.name,
+        "fingerprint": version.fingerprint,
+        "created": version.created,
+        "bytes": version.bytes,
+        "current": version.current,
+    }
+
+
+def _adapter_in(folder: Path) -> Path:
+    """The adapter folder in what was unpacked: that itself, or the one folder in it."""
+    inside = [*folder.iterdir()]
+    if len(inside) == 1 and inside[0].is_dir():
+        return inside[0]
+    return folder
