@@ -108,5 +108,7 @@ class ServeConfig(BaseModel):
     """With engine ray: most copies under load."""
     adapters_per_replica: Count = 100
     """With engine ray: adapters that one copy keeps, and whose requests it is given."""
+    cpus_per_replica: Count = 1
+    """With engine ray: processor cores for each copy."""
     gpus_per_replica: float = Field(0.0, ge=0)
     """With engine ray: GPUs, or shares of one, for each copy."""

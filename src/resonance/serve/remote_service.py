@@ -127,8 +127,8 @@ class RemoteService:
                 response.cancel()
                 raise ServiceError(
                     504,
-                    "deadline_exceeded",
-                    _("There was no answer in time."),
+                    "deadline_passed",
+                    _("The request took longer than the service allows."),
                     _("Ask again, with a shorter recording if need be."),
                 ) from None
             except asyncio.CancelledError:
@@ -186,5 +186,5 @@ def _lost_copy() -> ServiceError:
 
 def _too_much() -> ServiceError:
     return ServiceError(
-        429, "queue_full", _("Too much audio is waiting."), _("Ask again in a moment."), retry_after=RETRY_SECONDS
+        429, "too_busy", _("More recordings are waiting than the service takes."), _("Ask again in a moment."), retry_after=RETRY_SECONDS
     )
