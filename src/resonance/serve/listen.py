@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields
+from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
@@ -42,7 +44,6 @@ router = APIRouter()
 START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
-MEGABYTE = 1_000_000
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
 
@@ -71,6 +72,7 @@ async def listen(socket: WebSocket) -> None:
     await socket.accept()
     state = socket.app.state
     try:
+        refuse_other_pages(socket, state.config)
         await Session(socket, state.service, state.auth, state.config).run()
         await socket.close()
     except WebSocketDisconnect:
@@ -80,6 +82,18 @@ async def listen(socket: WebSocket) -> None:
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
         await refuse(socket, internal_error())
+
+
+def refuse_other_pages(socket: WebSocket, config: ServeConfig) -> None:
+    """Browsers let every web page open a WebSocket to anywhere: CORS is not asked. They do say which page it is."""
+    origin = socket.headers.get("origin")
+    if origin and origin not in config.cors_origins and urlsplit(origin).netloc != socket.headers.get("host"):
+        raise ServiceError(
+            403,
+            "origin_not_allowed",
+            _("The web page {origin} may not call this service.").format(origin=fields.shown(origin)),
+            _("Name it in --cors_origins."),
+        )
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:

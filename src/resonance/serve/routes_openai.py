@@ -17,16 +17,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi
-from resonance.serve.asking import Who, config_of, deadline, service_of, unless_gone
+from resonance.serve.asking import Who, config_of, deadline, form_of, service_of, unless_gone
 from resonance.serve.auth import Caller
 from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.fields import Fields
 from resonance.serve.patients import check_patient_id
-from resonance.serve.routes_transcribe import TEMPERATURES
+from resonance.serve.routes_transcribe import temperatures_of
 from resonance.serve.shapes import IDS, ModelList, ModelShape, OpenaiText, OpenaiVerbose, Page, refusals
 from resonance.serve.speech import Answer, SpeechRequest
-from resonance.serve.uploads import missing_file, read_form
 from resonance.transcribe.recognizer import DecodeSettings, Times
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -81,7 +80,6 @@ TRANSCRIPTION: dict[str, openapi.Schema] = COMMON | {
 # Further spellings: lists without brackets, and the parts of a chunking strategy.
 ALSO = ("languages", "keywords", "timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
 CHUNKING = ("type", "prefix_padding_ms", "silence_duration_ms", "threshold")
-EXAMPLE = {"file": "(recording.wav)", "model": "whisper-1", "response_format": "json"}
 PLAIN = {"schema": {"type": "string"}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -113,7 +111,7 @@ class Asked:
     summary="Turn a recording into text, as OpenAI does",
     response_model=None,
     responses=RESPONSES,
-    openapi_extra=openapi.form(TRANSCRIPTION, "file", "model", example=EXAMPLE),
+    openapi_extra=openapi.form(TRANSCRIPTION, "file", "model"),
 )
 async def transcriptions(request: Request, caller: Who) -> Response:
     return await answered(request, caller, "transcribe")
@@ -124,7 +122,7 @@ async def transcriptions(request: Request, caller: Who) -> Response:
     summary="Turn a recording into English text, as OpenAI does",
     response_model=None,
     responses=RESPONSES,
-    openapi_extra=openapi.form(COMMON, "file", "model", example=EXAMPLE),
+    openapi_extra=openapi.form(COMMON, "file", "model"),
 )
 async def translations(request: Request, caller: Who) -> Response:
     return await answered(request, caller, "translate")
@@ -175,7 +173,7 @@ def proof(answer: Answer) -> dict[str, str]:
 async def read_asked(request: Request, caller: Caller, task: Literal["transcribe", "translate"]) -> Asked:
     config = config_of(request)
     until = deadline(config)
-    form = await read_form(request, config)
+    form = await form_of(request, until)
     given = form.fields
     transcribing = task == "transcribe"
     chunking = [f"chunking_strategy[{part}]" for part in CHUNKING]
@@ -216,11 +214,10 @@ async def read_asked(request: Request, caller: Caller, task: Literal["transcribe
         task,
         times=times,
         scores=True,
-        temperatures=(temperature,) if temperature else TEMPERATURES,
+        temperatures=(temperature,) if temperature else temperatures_of(config),
         prompt=prompt_of(given),
     )
-    if form.file is None:
-        raise missing_file(given)
+    assert form.file is not None  # read_form has refused it otherwise
     speech = SpeechRequest(
         audio=form.file,
         patient=patient,
@@ -269,8 +266,7 @@ def prompt_of(given: Fields) -> str | None:
 
 def base_names(request: Request) -> list[str]:
     """By which the base model may be asked for: its own, and those of the settings."""
-    config = config_of(request)
-    return list(dict.fromkeys((config.model, service_of(request).base_name, *config.model_names)))
+    return list(dict.fromkeys((service_of(request).base_name, *config_of(request).model_names)))
 
 
 @router.get(

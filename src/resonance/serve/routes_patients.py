@@ -12,18 +12,18 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from resonance.messages import _
+from resonance.serve import fields
 from resonance.serve.archives import unpack
-from resonance.serve.asking import Who, config_of, service_of
+from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, service_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
 from resonance.serve.shapes import IDS, AdapterShape, Deleted, Page, PatientList, VersionShape, refusals
 from resonance.serve.store import AdapterStore, VersionInfo
-from resonance.serve.uploads import read_archive
+from resonance.serve.uploads import read_body, read_form
 
 router = APIRouter(tags=["patients"])
 COMMON = (400, 401, 403, 404, 409, 429, 500, 503)
-MEGABYTE = 1_000_000
-MOST_FILES = 100
+ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
 PACKED = {"type": "string", "format": "binary", "description": "The adapter folder as a zip file."}
 UPLOAD = {
     "requestBody": {
@@ -75,7 +75,7 @@ async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]
     response_model=AdapterShape,
     responses=_responses(200, "All versions, and which answers."),
 )
-async def adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
     caller.allow(patient)
     versions = await asyncio.to_thread(store_of(request).versions, patient)
@@ -93,7 +93,7 @@ async def adapter(request: Request, patient_id: str, caller: Who) -> JSONRespons
     responses=_responses(201, "Checked, kept, and answering from now on.", 408, 413, 415, 422),
     openapi_extra=UPLOAD,
 )
-async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
     model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
     patient = check_patient_id(patient_id)
@@ -109,12 +109,10 @@ async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONRes
             param="patient_id",
         )
     most = int(config.max_adapter_mb * MEGABYTE)
+    packed = await _packed(request, most)
     with tempfile.TemporaryDirectory(prefix="resonance-adapter-") as place:
-        packed, folder = Path(place) / "adapter.zip", Path(place) / "adapter"
-        await read_archive(request, packed, most)
-        folder.mkdir()
-        await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
-        stored = await service.put_adapter(patient, _adapter_in(folder))
+        await asyncio.to_thread(unpack, packed, Path(place), most)
+        stored = await service.put_adapter(patient, Path(place))
     return JSONResponse(shape(stored), status_code=201)
 
 
@@ -125,7 +123,7 @@ async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONRes
     responses=_responses(200, "The version that answers now.", 422),
 )
 async def roll_back(
-    request: Request, patient_id: str, caller: Who, wanted: Rollback | None = None
+    request: Request, patient_id: PatientId, caller: Who, wanted: Rollback | None = None
 ) -> JSONResponse:
     """Without a version, the one before."""
     patient = check_patient_id(patient_id)
@@ -141,12 +139,10 @@ async def roll_back(
     response_model=Deleted,
     responses=_responses(200, "Nothing of it is left."),
 )
-async def delete_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def delete_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
     caller.allow("manage")
     store = store_of(request)
-    if not await asyncio.to_thread(store.has, patient):
-        raise no_adapter(patient)
     await asyncio.to_thread(store.delete, patient)
     return JSONResponse({"patient_id": patient, "deleted": True})
 
@@ -183,9 +179,20 @@ def shape(version: VersionInfo) -> dict[str, Any]:
     }
 
 
-def _adapter_in(folder: Path) -> Path:
-    """The adapter folder in what was unpacked: that itself, or the one folder in it."""
-    inside = [*folder.iterdir()]
-    if len(inside) == 1 and inside[0].is_dir():
-        return inside[0]
-    return folder
+async def _packed(request: Request, most: int) -> bytes:
+    """The zip file: the body itself, or the file of a form."""
+    until, budget = deadline(config_of(request)), budget_of(request)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        form = await read_form(request, max_file_bytes=most, deadline=until, budget=budget)
+        fields.only_known(form.fields, ["file"])
+        assert form.file is not None  # read_form has refused it otherwise
+        return form.file.data
+    if kind not in ZIP_TYPES:
+        raise ServiceError(
+            415,
+            "not_an_archive",
+            _("The body is no zip file: its Content-Type is {found}.").format(found=fields.shown(kind or "-")),
+            _("Send the adapter folder as a zip file, as application/zip."),
+        )
+    return await read_body(request, max_bytes=most, deadline=until, budget=budget)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from resonance.serve.openapi import ID
+
 
 class Shape(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
@@ -244,5 +246,5 @@ def _refusal(status: int) -> dict[str, Any]:
 class Page(Shape):
     """How many to list, and after which."""
 
-    after: str | None = Field(None, max_length=128)
+    after: str | None = Field(None, json_schema_extra={"pattern": ID["pattern"], "maxLength": ID["maxLength"]})
     limit: int = Field(100, ge=1, le=1000)
