@@ -32,7 +32,7 @@ from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, 
 from resonance.serve.outer import internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
-from resonance.serve.routes_transcribe import settings_of
+from resonance.serve.routes_transcribe import fallback_of, settings_of
 from resonance.serve.service import Service
 from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.utterances import Utterance, Utterances
@@ -113,6 +113,7 @@ class Session:
         self.start: Start
         self.patient: str | None
         self.caller: Caller
+        self.fallback = False
         self.utterances = Utterances(WINDOW_SECONDS)
         self.text = ""
         self.count = 0
@@ -182,7 +183,7 @@ class Session:
             given["phrases"] = [json.dumps(start.phrases)]
         if start.phrases_only:
             given["phrases_only"] = ["true"]
-        fields.choice(given, "fallback", ("none", "base"), "none")
+        self.fallback = fallback_of(given, self.caller)
         self.settings = settings_of(given, self.config)
         self.audio = self.audio_of(start)
         self.start = start
@@ -249,10 +250,10 @@ class Session:
         for utterance in self.utterances.add(samples):
             await self.finish(utterance)
         busy = self.partial is not None and not self.partial.done()
-        if not busy and self.seconds - self.partial_at >= PARTIAL_SECONDS:
-            if (begun := self.utterances.under_way) is not None:
-                self.partial_at = self.seconds
-                self.partial = asyncio.create_task(self.say_partial(begun))
+        begun = None if busy else self.utterances.under_way
+        if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
+            self.partial_at = self.seconds
+            self.partial = asyncio.create_task(self.say_partial(begun))
 
     async def say_partial(self, begun: Utterance) -> None:
         """What the utterance under way sounds like so far. Where there is no time for it, nothing."""
@@ -277,7 +278,7 @@ class Session:
             SpeechRequest(
                 audio=utterance.audio,
                 patient=self.patient,
-                base_if_missing=self.start.fallback == "base",
+                base_if_missing=self.fallback,
                 settings=settings,
                 skip_nonspeech=self.start.skip_nonspeech,
                 account=self.caller.account,
@@ -306,7 +307,13 @@ class Session:
     def done(self) -> dict[str, Any]:
         """The last message: all that was said."""
         voice = {} if self.last is None else answers.voice_of(self.last)
-        return {"type": "done", "text": self.text, "duration": round(self.seconds, 3), "utterances": self.count, **voice}
+        return {
+            "type": "done",
+            "text": self.text,
+            "duration": round(self.seconds, 3),
+            "utterances": self.count,
+            **voice,
+        }
 
 
 def _is_end(text: str) -> bool:

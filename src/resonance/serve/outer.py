@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,7 +19,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Count = Callable[[str, int], None]  # route, status
+Count = Callable[[str, int, float], None]  # route, status, seconds
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("resonance.serve")
@@ -41,7 +42,7 @@ class Outer:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        begun, status = time.monotonic(), 0
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -61,7 +62,7 @@ class Outer:
         finally:
             if self.count and status:
                 route = getattr(scope.get("route"), "path", "other")
-                self.count(route, status)
+                self.count(route, status, time.monotonic() - begun)
 
     async def _fault(self, send: Send) -> None:
         content = json.dumps(internal_error().body).encode()

@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from resonance.messages import _
-from resonance.serve import fields
+from resonance.serve import fields, shapes
 from resonance.serve.archives import unpack
 from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, service_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
-from resonance.serve.shapes import IDS, AdapterShape, Deleted, Page, PatientList, VersionShape, refusals
+from resonance.serve.routes_health import refuse_unless_ready
+from resonance.serve.shapes import AdapterShape, Deleted, Page, PatientList, Responses, VersionShape, refusals
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.serve.uploads import read_body, read_form
 
@@ -43,8 +44,8 @@ UPLOAD = {
 }
 
 
-def _responses(status: int, text: str, *more: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"headers": IDS, "description": text}, **refusals(*COMMON, *more)}
+def _responses(status: int, text: str, *more: int) -> Responses:
+    return shapes.answered(text, status) | refusals(*COMMON, *more)
 
 
 class Rollback(BaseModel):
@@ -61,7 +62,7 @@ class Rollback(BaseModel):
     responses=_responses(200, "Ids in their order, a page at a time."),
 )
 async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]) -> JSONResponse:
-    caller.allow("manage")
+    caller.allow_manage()
     after = None if page.after is None else check_patient_id(page.after)
     store = store_of(request)
     found = await asyncio.to_thread(store.patients, after, page.limit + 1)
@@ -97,7 +98,7 @@ async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> J
     """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
     model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
+    caller.allow_manage()
     store_of(request)
     config, service = config_of(request), service_of(request)
     if patient in (service.base_name, *config.model_names):
@@ -127,10 +128,10 @@ async def roll_back(
 ) -> JSONResponse:
     """Without a version, the one before."""
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
-    store = store_of(request)
+    caller.allow_manage()
+    store_of(request)
     version = wanted.version if wanted else None
-    return JSONResponse(shape(await asyncio.to_thread(store.roll_back, patient, version)))
+    return JSONResponse(shape(await service_of(request).roll_back(patient, version)))
 
 
 @router.delete(
@@ -141,13 +142,15 @@ async def roll_back(
 )
 async def delete_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
-    store = store_of(request)
-    await asyncio.to_thread(store.delete, patient)
+    caller.allow_manage()
+    store_of(request)
+    await service_of(request).delete_adapter(patient)
     return JSONResponse({"patient_id": patient, "deleted": True})
 
 
 def store_of(request: Request) -> AdapterStore:
+    """Raises ServiceError 503 while the model is loading, 409 where there is none."""
+    refuse_unless_ready(request)
     store = service_of(request).store
     if store is None:
         raise ServiceError(

@@ -11,6 +11,7 @@ from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi
 from resonance.serve.asking import PatientId, Who, config_of, deadline, form_of, service_of, unless_gone
+from resonance.serve.auth import Caller
 from resonance.serve.fields import Fields
 from resonance.serve.patients import check_patient_id
 from resonance.serve.shapes import IDS, Transcript, refusals
@@ -116,7 +117,7 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
     asked = SpeechRequest(
         audio=form.file,
         patient=patient,
-        base_if_missing=fields.choice(given, "fallback", ("none", "base"), "none") == "base",
+        base_if_missing=fallback_of(given, caller),
         settings=settings,
         skip_nonspeech=skip,
         account=caller.account,
@@ -133,6 +134,14 @@ def patient_asked(given: Fields, caller: Who) -> str | None:
     patient = caller.patient if named is None else check_patient_id(named)
     caller.allow(patient)
     return patient
+
+
+def fallback_of(given: Fields, caller: Caller) -> bool:
+    """Whether the base model may answer. Raises ServiceError 403 where that is not for the caller."""
+    if fields.choice(given, "fallback", ("none", "base"), "none") == "none":
+        return False
+    caller.allow_base()
+    return True
 
 
 def settings_of(given: Fields, config: ServeConfig) -> DecodeSettings:
@@ -163,5 +172,7 @@ def times_of(given: Fields) -> Times:
     if value is None:
         return "none"
     if value.lower() not in words:
-        raise fields.wrong("timestamps", value, _("It must be one of {choices}.").format(choices="false, segment, word"))
+        raise fields.wrong(
+            "timestamps", value, _("It must be one of {choices}.").format(choices="false, segment, word")
+        )
     return words[value.lower()]
