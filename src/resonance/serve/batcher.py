@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 ONE_PERSON = 1 / 3
 RAISED = 1.1  # how much more may be tried after a batch as large as what fitted last
 RETRY_SECONDS = 5
+EXAMINED_AGAIN = 10.0  # seconds after which a model that failed is asked whether it answers again
 
 
 class Engine(Protocol):
@@ -43,6 +44,7 @@ class Engine(Protocol):
     def positions(self, samples: int, adapter: LoadedAdapter | None) -> int: ...
     def best_clip_seconds(self, adapter: LoadedAdapter | None) -> float: ...
     def check(self, settings: DecodeSettings, adapter: LoadedAdapter | None) -> None: ...
+    def tokens(self, text: str) -> list[int]: ...
     def transcribe(self, rows: Sequence[Row]) -> list[Transcript]: ...
 
 
@@ -179,9 +181,8 @@ class Batcher:
             with self._changed:
                 while not self._closed:
                     if not self._queue:
-                        if self._checks:
+                        if self._checks or not self._changed.wait(EXAMINED_AGAIN if self._fault else None):
                             return []
-                        self._changed.wait()
                         continue
                     rest = self._queue.waiting_since + self._gather_seconds - time.monotonic()
                     if rest <= 0 or len(self._queue) >= self._batch_size:

@@ -66,9 +66,7 @@ class Metrics:
             "Time the model took for the last batch, divided by the length of its audio",
             registry=own,
         )
-        self._out_of_memory = Counter(
-            "resonance_out_of_memory", "Batches that did not fit into memory", registry=own
-        )
+        self._out_of_memory = Counter("resonance_out_of_memory", "Batches that did not fit into memory", registry=own)
         self._failed = Counter("resonance_failed_windows", "Windows on which the model failed", registry=own)
 
     def request(self, route: str, status: int, seconds: float) -> None:

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from resonance.config_serve import ServeConfig
 from resonance.config_types import memory_bytes
-from resonance.errors import DataError, ModelError, ResonanceError
+from resonance.errors import ResonanceError
 from resonance.messages import _
-from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Admission, Place
 from resonance.serve.batcher import Batcher, Engine, broken, not_ready
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
 from resonance.serve.faults import ServiceError
+from resonance.serve.hearing import Hearing, Threads, no_adapters
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
-from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
+from resonance.serve.speech import Answer, SpeechRequest, Upload
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.serve.until import Until
-from resonance.transcribe.assemble import UNHEARD, is_silent, put_together
-from resonance.transcribe.longform import Samples, Window, windows
 from resonance.transcribe.mixed_engine import Row, load_mixed
-from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
+from resonance.transcribe.recognizer import DecodeSettings, TimedText
 from resonance.units import SAMPLE_RATE
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
-Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 # What an upload is taken for until it is decoded: 16 bits a sample at 16 kHz. Less, where it is compressed; then there must
 # be room for what it turns out to be.
 UPLOAD_BYTES_PER_SECOND = 2 * SAMPLE_RATE
-BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
-READERS = 8  # threads that wait for the storage of adapters
-CUTTERS = 2  # threads that cut recordings into windows
 BATCH_SHARE = 0.6  # of the time in which the model has to say that it is there, for a batch before that
 STUCK_DEADLINES = 2  # a batch that takes so many times the deadline of a request never ends
 LOADING_SECONDS = 5  # after which to ask again
 CLOSING_SECONDS = 5.0  # for the end of the batch under way when nobody waits for it any more
-NO_AUDIO = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +51,6 @@ class State:
 
     status: Literal["loading", "ready", "broken", "draining"]
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What answers."""
-
-    engine: Engine
-    pool: AdapterPool | None
-    batcher: Batcher
 
 
 class Service:
@@ -88,12 +71,11 @@ class Service:
     ) -> None:
         self.config, self.metrics, self.pool = config, metrics, pool
         self._engine, self._decoder, self._load = engine, decoder, load
-        self._loaded: Loaded | None = None
+        self._loaded: Hearing | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None  # why there is no model
         self._draining = False
-        self._readers = ThreadPoolExecutor(READERS, "resonance-read")
-        self._cutters = ThreadPoolExecutor(CUTTERS, "resonance-cut")
+        self._threads = Threads()
         self._admission = Admission(
             config.max_queued_seconds,
             config.max_queued_seconds_per_person,
@@ -144,8 +126,7 @@ class Service:
 
     def tokens(self, text: str) -> list[int]:
         """The model's tokens of a text, as OpenAI's segments list them."""
-        tokenizer: Any = self._working().engine.whisper.tokenizer
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return self._working().engine.tokens(text)
 
     async def check(self) -> None:
         """Return when the model has answered, if only to silence. Raises ServiceError 503."""
@@ -172,8 +153,7 @@ class Service:
         if self._loaded is not None:
             self._loaded.batcher.close(_draining)
             await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._cutters.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         await self._decoder.close()
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
@@ -192,42 +172,15 @@ class Service:
         """
         began = time.monotonic()
         try:
-            loaded, ended = self._working(), self._ended
+            hearing, ended = self._working(), self._ended
             assert ended is not None
-            until = Until(request.deadline, ended, _draining)
             with self._admitted(request) as place:
-                decoded = await self._decoded(request, place, until)
-                async with self._speaking(request, until) as (adapter, rows):
-                    settings = await self._settings(request, adapter, until)
-                    heard: list[tuple[Window, Transcript]] = []
-                    put = functools.partial(
-                        put_together,
-                        request.audio.name if isinstance(request.audio, Upload) else "",
-                        settings=settings,
-                        skip_nonspeech=request.skip_nonspeech,
-                        no_speech_threshold=settings.no_speech_threshold,
-                    )
-                    person = (request.account, request.patient)
-
-                    def submit(window: Window) -> Future[Transcript] | None:
-                        if request.skip_nonspeech and is_silent(window):
-                            return None
-                        row = Row(window.audio, adapter, settings)
-                        rows.append(loaded.batcher.submit(row, person, request.deadline))
-                        return rows[-1]
-
-                    most = loaded.engine.best_clip_seconds(adapter)
-                    async with contextlib.aclosing(self._cut(decoded.samples, most, submit, until)) as cut:
-                        async for window, row in cut:
-                            found = UNHEARD if row is None else await until.get(asyncio.wrap_future(row))
-                            place.answered(window.seconds)
-                            heard.append((replace(window, audio=NO_AUDIO), found))
-                            for piece in put(heard=heard[-1:]).segments:
-                                yield piece
-                    result = put(heard=heard, error=decoded.warning)
-                    voice = Voice(adapter.name, adapter.version, adapter.fingerprint) if adapter else None
-                    self.metrics.answered(result.duration, time.monotonic() - began)
-                    yield Answer(result, voice, loaded.engine.fingerprint)
+                hear = hearing.hear(request, place, Until(request.deadline, ended, _draining))
+                async with contextlib.aclosing(hear) as pieces:
+                    async for piece in pieces:
+                        if isinstance(piece, Answer):
+                            self.metrics.answered(piece.result.duration, time.monotonic() - began)
+                        yield piece
         except ServiceError as error:
             self.metrics.refused(error.code)
             raise
@@ -235,36 +188,33 @@ class Service:
     async def put_adapter(self, patient: str, folder: Path) -> VersionInfo:
         """Check an adapter folder, keep it, and let it answer from now on. Raises ServiceError 422, ResonanceError where it
         cannot be stored."""
-        pool = self._pool_of(patient)
 
-        def put() -> VersionInfo:
+        def put(pool: AdapterPool) -> VersionInfo:
             pool.check(folder)
-            stored = pool.store.put(patient, folder)
-            pool.changed(patient)
-            return stored
+            return pool.store.put(patient, folder)
 
-        return await self._read(put)
+        return await self._change(patient, put)
 
     async def roll_back(self, patient: str, version: str | None = None) -> VersionInfo:
         """Let an earlier version answer from now on; without `version`, the one before."""
-        pool = self._pool_of(patient)
-
-        def roll_back() -> VersionInfo:
-            found = pool.store.roll_back(patient, version)
-            pool.changed(patient)
-            return found
-
-        return await self._read(roll_back)
+        return await self._change(patient, lambda pool: pool.store.roll_back(patient, version))
 
     async def delete_adapter(self, patient: str) -> None:
         """Delete all versions."""
-        pool = self._pool_of(patient)
+        await self._change(patient, lambda pool: pool.store.delete(patient))
 
-        def delete() -> None:
-            pool.store.delete(patient)
-            pool.changed(patient)
+    async def _change(self, patient: str, change: Callable[[AdapterPool], Made]) -> Made:
+        pool = self.pool
+        if pool is None:
+            raise no_adapters(patient)
 
-        await self._read(delete)
+        def changed() -> Made:
+            try:
+                return change(pool)
+            finally:
+                pool.changed(patient)
+
+        return await asyncio.wrap_future(self._threads.read(changed))
 
     async def _make_ready(self) -> None:
         batcher: Batcher | None = None
@@ -280,7 +230,7 @@ class Service:
             await asyncio.wrap_future(batcher.check())
             if self.pool is not None:
                 self.metrics.watch_pool(self.pool.stats)
-            self._loaded = Loaded(engine, self.pool, batcher)
+            self._loaded = Hearing(engine, self.pool, batcher, self._decoder, self._threads, self.config.language)
         except Exception as error:
             if not isinstance(error, ResonanceError):
                 log.exception("the model cannot be loaded")
@@ -302,7 +252,7 @@ class Service:
             observer=self.metrics,
         )
 
-    def _working(self) -> Loaded:
+    def _working(self) -> Hearing:
         """Raises ServiceError where no request can be taken."""
         if self._loaded is None or self.state.status != "ready":
             raise self._refusal()
@@ -348,109 +298,6 @@ class Service:
                 if not self._under_way:
                     self._idle.set()
 
-    async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
-        if isinstance(request.audio, np.ndarray):
-            if not np.isfinite(request.audio).all():
-                raise ServiceError(
-                    400,
-                    "audio_unreadable",
-                    _("There are samples that are not numbers."),
-                    _("Send samples from -1 to 1."),
-                )
-            return Decoded(request.audio, None)
-        decoded = await until.get(self._decoder.decode(request.audio, request.deadline))
-        place.resize(len(decoded.samples) / SAMPLE_RATE)
-        return decoded
-
-    @contextlib.asynccontextmanager
-    async def _speaking(
-        self, request: SpeechRequest, until: Until
-    ) -> AsyncIterator[tuple[LoadedAdapter | None, list[Future[Transcript]]]]:
-        """The adapter that is to answer, kept in memory until the last of the rows that are put into the list is done."""
-        adapter = await self._acquired(request, until)
-        rows: list[Future[Transcript]] = []
-        try:
-            yield adapter, rows
-        finally:
-            for row in rows:
-                row.cancel()
-            if adapter is not None:
-                assert self.pool is not None
-                _when_done(rows, functools.partial(self.pool.release, adapter))
-
-    async def _acquired(self, request: SpeechRequest, until: Until) -> LoadedAdapter | None:
-        if request.patient is None:
-            return None
-        try:
-            pool = self._pool_of(request.patient)
-            coming = self._readers.submit(pool.acquire, request.patient)
-            try:
-                return await until.get(asyncio.wrap_future(coming))
-            except BaseException:
-                # Where nobody waits any more it may come yet.
-                coming.add_done_callback(functools.partial(_give_back, pool))
-                raise
-        except ServiceError as error:
-            if request.base_if_missing and error.code == "adapter_not_found":
-                return None
-            raise
-
-    async def _settings(self, request: SpeechRequest, adapter: LoadedAdapter | None, until: Until) -> DecodeSettings:
-        """Those of the request, completed, and checked against what the model and the adapter can do."""
-        settings = request.settings
-        if settings.language is None and not (adapter and adapter.info.language):
-            settings = replace(settings, language=self.config.language)
-        # How sure the model is says whether it made its text up.
-        settings = replace(settings, scores=settings.scores or request.skip_nonspeech)
-        try:
-            await until.get(self._read(functools.partial(self._working().engine.check, settings, adapter)))
-        except (DataError, ModelError) as error:
-            raise ServiceError(
-                400, "invalid_settings", str(error), _("Change what the message names, or leave it out.")
-            ) from None
-        return settings
-
-    async def _cut(
-        self,
-        samples: Samples,
-        most: float,
-        submit: Callable[[Window], Future[Transcript] | None],
-        until: Until,
-    ) -> AsyncGenerator[Coming, None]:
-        """The windows of a recording, all of which are submitted as soon as they are cut."""
-        cut = windows(_blocks(samples), most)
-        line: asyncio.Queue[Coming | None] = asyncio.Queue()
-
-        async def cutting() -> None:
-            loop = asyncio.get_running_loop()
-            try:
-                while (window := await loop.run_in_executor(self._cutters, next, cut, None)) is not None:
-                    line.put_nowait((window, submit(window)))
-            finally:
-                line.put_nowait(None)
-
-        task = asyncio.create_task(cutting())
-        try:
-            while (coming := await until.get(line.get())) is not None:
-                yield coming
-            await task
-        finally:
-            task.cancel()
-
-    def _pool_of(self, patient: str) -> AdapterPool:
-        if self.pool is None:
-            raise ServiceError(
-                404,
-                "adapter_not_found",
-                _("There is no adapter of {patient}: this service has none.").format(patient=patient),
-                _("Start the service with --adapters and the folder where adapters are."),
-                param="patient_id",
-            )
-        return self.pool
-
-    async def _read(self, function: Callable[[], Made]) -> Made:
-        return await asyncio.wrap_future(self._readers.submit(function))
-
 
 def create_service(config: ServeConfig) -> Service:
     """The service that the settings describe. Its model and its adapters are loaded when it is started."""
@@ -475,10 +322,6 @@ def _draining() -> ServiceError:
     )
 
 
-def _blocks(samples: Samples) -> Iterator[Samples]:
-    return (samples[first : first + BLOCK_SAMPLES] for first in range(0, len(samples), BLOCK_SAMPLES))
-
-
 def _in_thread(function: Callable[[], Made]) -> Future[Made]:
     """Unlike one of a pool, the thread does not keep the process alive: whoever stops a service that is loading need not wait."""
     future: Future[Made] = Future()
@@ -492,26 +335,3 @@ def _in_thread(function: Callable[[], Made]) -> Future[Made]:
 
     threading.Thread(target=run, name="resonance-load", daemon=True).start()
     return future
-
-
-def _give_back(pool: AdapterPool, coming: Future[LoadedAdapter]) -> None:
-    if not coming.cancelled() and coming.exception() is None:
-        pool.release(coming.result())
-
-
-def _when_done(rows: Sequence[Future[Transcript]], then: Callable[[], None]) -> None:
-    """Call `then` when the last of them is done: the model may be computing some that nobody waits for."""
-    lock, left = threading.Lock(), len(rows)
-
-    def count(_row: object = None) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
-            then()
-
-    for row in rows:
-        row.add_done_callback(count)
-    if not rows:
-        then()
