@@ -20,6 +20,7 @@ from resonance.config_help import description, expected
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_sagemaker import SubmitConfig
+from resonance.config_serve import ServeConfig
 from resonance.config_types import Switch
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -77,6 +78,7 @@ def page() -> str:
         (TrainConfig, "train"),
         (EvaluateConfig, "evaluate"),
         (TranscribeConfig, "transcribe"),
+        (ServeConfig, "serve"),
         (ExportConfig, "export"),
     ):
         parts += settings(model, f"resonance {name}")

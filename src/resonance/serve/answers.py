@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from resonance.languages import LANGUAGES
 from resonance.messages import _
@@ -122,4 +122,4 @@ def word_logprobs(segments: Sequence[TimedText]) -> list[dict[str, Any]]:
 
 
 def _log(confidence: float | None) -> float:
-    return math.log(max(cast(float, confidence or 0.0), LEAST_CONFIDENCE))
+    return math.log(max(confidence or 0.0, LEAST_CONFIDENCE))

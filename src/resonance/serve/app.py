@@ -23,6 +23,7 @@ from resonance.serve.fields import shown
 from resonance.serve.outer import Outer, internal_error, log, where
 from resonance.serve.security_headers import SecurityHeaders
 from resonance.serve.service import Service
+from resonance.serve.uploads import ReadingBudget
 
 ROUTERS = (routes_health, routes_transcribe, routes_patients, routes_openai, listen)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -41,6 +42,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
 
     app = FastAPI(title="Resonance", lifespan=lifespan, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     app.state.service, app.state.auth, app.state.config = service, auth, config
+    app.state.budget = ReadingBudget()
     for module in ROUTERS:
         app.include_router(module.router)
     handlers: dict[type[Exception], Callable[[Request, Any], Response]] = {

@@ -8,18 +8,21 @@ import time
 from collections.abc import Awaitable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Path, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
+from resonance.serve import openapi
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
+from resonance.serve.uploads import Form, ReadingBudget, read_form
 
 if TYPE_CHECKING:
     from resonance.serve.service import Service
 
 Answered = TypeVar("Answered")
+MEGABYTE = 1_000_000
 # Documents the header; `Auth` reads it.
 _bearer = HTTPBearer(auto_error=False, description="A token of `resonance token create`.")
 
@@ -42,12 +45,25 @@ def caller_of(
     return auth.caller(request.headers.get("authorization"), request.client.host if request.client else "")
 
 
+# Checked by `check_patient_id`, whose refusals have a code of their own.
+PatientId = Annotated[str, Path(json_schema_extra=openapi.ID)]
 Who = Annotated[Caller, Depends(caller_of)]
 
 
 def deadline(config: ServeConfig) -> float:
     """On the clock of time.monotonic()."""
     return time.monotonic() + config.deadline_seconds
+
+
+async def form_of(request: Request, until: float) -> Form:
+    """The form of a request, with a recording in it."""
+    most = int(config_of(request).max_upload_mb * MEGABYTE)
+    return await read_form(request, max_file_bytes=most, deadline=until, budget=budget_of(request))
+
+
+def budget_of(request: Request) -> ReadingBudget:
+    budget: ReadingBudget = request.app.state.budget
+    return budget
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:

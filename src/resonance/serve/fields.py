@@ -106,9 +106,7 @@ def whole(fields: Fields, name: str, least: int, most: int, default: int) -> int
         return default
     plain = value.strip()
     if not (plain.isascii() and plain.isdigit() and len(plain) < 10 and least <= int(plain) <= most):
-        raise wrong(
-            name, value, _("It must be a whole number from {least} to {most}.").format(least=least, most=most)
-        )
+        raise wrong(name, value, _("It must be a whole number from {least} to {most}.").format(least=least, most=most))
     return int(plain)
 
 

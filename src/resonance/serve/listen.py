@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,13 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields
+from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
 from resonance.serve.outer import internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
-from resonance.serve.routes_transcribe import settings_of
+from resonance.serve.routes_transcribe import fallback_of, settings_of
 from resonance.serve.service import Service
 from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.utterances import Utterance, Utterances
@@ -42,7 +44,6 @@ router = APIRouter()
 START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
-MEGABYTE = 1_000_000
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
 
@@ -71,6 +72,7 @@ async def listen(socket: WebSocket) -> None:
     await socket.accept()
     state = socket.app.state
     try:
+        refuse_other_pages(socket, state.config)
         await Session(socket, state.service, state.auth, state.config).run()
         await socket.close()
     except WebSocketDisconnect:
@@ -80,6 +82,18 @@ async def listen(socket: WebSocket) -> None:
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
         await refuse(socket, internal_error())
+
+
+def refuse_other_pages(socket: WebSocket, config: ServeConfig) -> None:
+    """Browsers let every web page open a WebSocket to anywhere: CORS is not asked. They do say which page it is."""
+    origin = socket.headers.get("origin")
+    if origin and origin not in config.cors_origins and urlsplit(origin).netloc != socket.headers.get("host"):
+        raise ServiceError(
+            403,
+            "origin_not_allowed",
+            _("The web page {origin} may not call this service.").format(origin=fields.shown(origin)),
+            _("Name it in --cors_origins."),
+        )
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
@@ -99,6 +113,7 @@ class Session:
         self.start: Start
         self.patient: str | None
         self.caller: Caller
+        self.fallback = False
         self.utterances = Utterances(WINDOW_SECONDS)
         self.text = ""
         self.count = 0
@@ -168,7 +183,7 @@ class Session:
             given["phrases"] = [json.dumps(start.phrases)]
         if start.phrases_only:
             given["phrases_only"] = ["true"]
-        fields.choice(given, "fallback", ("none", "base"), "none")
+        self.fallback = fallback_of(given, self.caller)
         self.settings = settings_of(given, self.config)
         self.audio = self.audio_of(start)
         self.start = start
@@ -235,10 +250,10 @@ class Session:
         for utterance in self.utterances.add(samples):
             await self.finish(utterance)
         busy = self.partial is not None and not self.partial.done()
-        if not busy and self.seconds - self.partial_at >= PARTIAL_SECONDS:
-            if (begun := self.utterances.under_way) is not None:
-                self.partial_at = self.seconds
-                self.partial = asyncio.create_task(self.say_partial(begun))
+        begun = None if busy else self.utterances.under_way
+        if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
+            self.partial_at = self.seconds
+            self.partial = asyncio.create_task(self.say_partial(begun))
 
     async def say_partial(self, begun: Utterance) -> None:
         """What the utterance under way sounds like so far. Where there is no time for it, nothing."""
@@ -263,7 +278,7 @@ class Session:
             SpeechRequest(
                 audio=utterance.audio,
                 patient=self.patient,
-                base_if_missing=self.start.fallback == "base",
+                base_if_missing=self.fallback,
                 settings=settings,
                 skip_nonspeech=self.start.skip_nonspeech,
                 account=self.caller.account,
@@ -292,7 +307,13 @@ class Session:
     def done(self) -> dict[str, Any]:
         """The last message: all that was said."""
         voice = {} if self.last is None else answers.voice_of(self.last)
-        return {"type": "done", "text": self.text, "duration": round(self.seconds, 3), "utterances": self.count, **voice}
+        return {
+            "type": "done",
+            "text": self.text,
+            "duration": round(self.seconds, 3),
+            "utterances": self.count,
+            **voice,
+        }
 
 
 def _is_end(text: str) -> bool:

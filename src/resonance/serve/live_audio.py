@@ -121,7 +121,11 @@ class Opus:
             options = {"protocol_whitelist": "none"}
             with av.open(_Pipe(self), format=form, options=options, metadata_errors="ignore") as container:
                 stream = container.streams.best("audio")
-                if stream is None or stream.codec_context is None or stream.codec_context.codec.canonical_name != "opus":
+                if (
+                    stream is None
+                    or stream.codec_context is None
+                    or stream.codec_context.codec.canonical_name != "opus"
+                ):
                     raise not_opus()
                 self._samples(container, stream)
         except ServiceError as fault:

@@ -13,6 +13,7 @@ from resonance.config_serve import ServeConfig
 from resonance.languages import LANGUAGES
 
 Schema = dict[str, Any]
+NOT_SENT = "HTTPValidationError"
 
 TEXT = """Speech to text, each request answered by the model of the person who speaks.
 
@@ -24,13 +25,15 @@ FILE: Schema = {
     "format": "binary",
     "description": "Recording: WAV, FLAC, MP3, M4A, Ogg, WebM and whatever FFmpeg reads.",
 }
-PATIENT: Schema = {
-    "type": "string",
+ID: Schema = {
     "minLength": 1,
     "maxLength": 64,
-    "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
-    "description": "Whose adapter answers. Left out, the token's own, else the base model.",
+    "pattern": "^[A-Za-z0-9_-]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?$",
     "examples": ["anna"],
+}
+PATIENT: Schema = ID | {
+    "type": "string",
+    "description": "Whose adapter answers. Left out, the token's own, else the base model.",
 }
 LANGUAGE: Schema = {
     "type": "string",
@@ -52,11 +55,10 @@ FALLBACK: Schema = {
 }
 
 
-def form(fields: Mapping[str, Schema], *required: str, example: Mapping[str, Any]) -> dict[str, Any]:
+def form(fields: Mapping[str, Schema], *required: str) -> dict[str, Any]:
     """`openapi_extra` of a route that takes this form."""
     schema = {"type": "object", "properties": fields, "required": [*required], "additionalProperties": False}
-    content = {"schema": schema, "examples": {"recording": {"value": dict(example)}}}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": content}}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def describe(app: FastAPI, config: ServeConfig) -> None:
@@ -65,14 +67,18 @@ def describe(app: FastAPI, config: ServeConfig) -> None:
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = get_openapi(title="Resonance", version=__version__, description=TEXT, routes=app.routes)
-            if config.auth == "off":
-                for path in found["paths"].values():
-                    for operation in path.values():
+            parts = found["components"]
+            for path in found["paths"].values():
+                for operation in path.values():
+                    if config.auth == "off":
                         operation.pop("security", None)
-                found.get("components", {}).pop("securitySchemes", None)
-            # Of FastAPI's own refusals, which never are sent: all have the one shape.
-            for name in ("HTTPValidationError", "ValidationError"):
-                found["components"]["schemas"].pop(name, None)
+                    # FastAPI's own refusals never are sent: all have the one shape.
+                    if NOT_SENT in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]
+            for name in (NOT_SENT, "ValidationError"):
+                parts["schemas"].pop(name, None)
+            if config.auth == "off":
+                parts.pop("securitySchemes", None)
             app.openapi_schema = found
         return app.openapi_schema
 

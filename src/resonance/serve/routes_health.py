@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from resonance.messages import _
+from resonance.serve import shapes
 from resonance.serve.asking import Who, service_of
 from resonance.serve.faults import ServiceError
-from resonance.serve.shapes import IDS, Status, refusals
+from resonance.serve.shapes import Status, refusals
 
 router = APIRouter(tags=["health"])
 OK: dict[str, Any] = {"status": "ok"}
@@ -20,7 +21,7 @@ WAIT_SECONDS = {"loading": 5, "broken": 30, "draining": 5}
     "/health",
     summary="Whether the service lives",
     response_model=Status,
-    responses={200: {"headers": IDS, "description": "The model answers."}} | refusals(500, 503),
+    responses=shapes.answered("The model answers.") | refusals(500, 503),
 )
 async def health(request: Request) -> dict[str, Any]:
     """Answers at once, also under load: 200 while the model answers, 503 with the reason while it is being loaded, does not
@@ -33,7 +34,7 @@ async def health(request: Request) -> dict[str, Any]:
     "/ready",
     summary="Whether the model can answer now",
     response_model=Status,
-    responses={200: {"headers": IDS, "description": "The model has just answered."}} | refusals(500, 503),
+    responses=shapes.answered("The model has just answered.") | refusals(500, 503),
 )
 async def ready(request: Request) -> dict[str, Any]:
     """Decodes a moment of silence on the way that all requests go, within `ready_seconds`."""
@@ -46,17 +47,11 @@ async def ready(request: Request) -> dict[str, Any]:
     "/metrics",
     summary="Counts for Prometheus",
     response_class=Response,
-    responses={
-        200: {
-            "headers": IDS,
-            "description": "Prometheus's text format.",
-            "content": {"text/plain": {"schema": {"type": "string"}}},
-        }
-    }
+    responses=shapes.answered("Prometheus's text format.", content={"text/plain": {"schema": {"type": "string"}}})
     | refusals(401, 403, 429, 500),
 )
 async def metrics(request: Request, caller: Who) -> Response:
-    caller.allow("manage")
+    caller.allow_manage()
     content, media_type = service_of(request).metrics.exposition()
     return Response(content, media_type=media_type)
 

@@ -6,27 +6,26 @@ Source of the shapes: OpenAI's published OpenAPI document, as the types of the `
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from resonance.messages import _
-from resonance.serve import answers, fields, openapi
-from resonance.serve.asking import Who, config_of, deadline, service_of, unless_gone
+from resonance.serve import answers, fields, openapi, shapes
+from resonance.serve.asking import Who, config_of, deadline, form_of, service_of, unless_gone
 from resonance.serve.auth import Caller
 from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.fields import Fields
 from resonance.serve.patients import check_patient_id
-from resonance.serve.routes_transcribe import TEMPERATURES
+from resonance.serve.routes_transcribe import fallback_of, temperatures_of
 from resonance.serve.shapes import IDS, ModelList, ModelShape, OpenaiText, OpenaiVerbose, Page, refusals
 from resonance.serve.speech import Answer, SpeechRequest
-from resonance.serve.uploads import missing_file, read_form
+from resonance.serve.store import VersionInfo
 from resonance.transcribe.recognizer import DecodeSettings, Times
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -79,9 +78,15 @@ TRANSCRIPTION: dict[str, openapi.Schema] = COMMON | {
     "known_speaker_references[]": {"type": "array", "items": {"type": "string"}, "description": "Without effect."},
 }
 # Further spellings: lists without brackets, and the parts of a chunking strategy.
-ALSO = ("languages", "keywords", "timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
+ALSO = (
+    "languages",
+    "keywords",
+    "timestamp_granularities",
+    "include",
+    "known_speaker_names",
+    "known_speaker_references",
+)
 CHUNKING = ("type", "prefix_padding_ms", "silence_duration_ms", "threshold")
-EXAMPLE = {"file": "(recording.wav)", "model": "whisper-1", "response_format": "json"}
 PLAIN = {"schema": {"type": "string"}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -113,7 +118,7 @@ class Asked:
     summary="Turn a recording into text, as OpenAI does",
     response_model=None,
     responses=RESPONSES,
-    openapi_extra=openapi.form(TRANSCRIPTION, "file", "model", example=EXAMPLE),
+    openapi_extra=openapi.form(TRANSCRIPTION, "file", "model"),
 )
 async def transcriptions(request: Request, caller: Who) -> Response:
     return await answered(request, caller, "transcribe")
@@ -124,7 +129,7 @@ async def transcriptions(request: Request, caller: Who) -> Response:
     summary="Turn a recording into English text, as OpenAI does",
     response_model=None,
     responses=RESPONSES,
-    openapi_extra=openapi.form(COMMON, "file", "model", example=EXAMPLE),
+    openapi_extra=openapi.form(COMMON, "file", "model"),
 )
 async def translations(request: Request, caller: Who) -> Response:
     return await answered(request, caller, "translate")
@@ -175,7 +180,7 @@ def proof(answer: Answer) -> dict[str, str]:
 async def read_asked(request: Request, caller: Caller, task: Literal["transcribe", "translate"]) -> Asked:
     config = config_of(request)
     until = deadline(config)
-    form = await read_form(request, config)
+    form = await form_of(request, until)
     given = form.fields
     transcribing = task == "transcribe"
     chunking = [f"chunking_strategy[{part}]" for part in CHUNKING]
@@ -216,15 +221,14 @@ async def read_asked(request: Request, caller: Caller, task: Literal["transcribe
         task,
         times=times,
         scores=True,
-        temperatures=(temperature,) if temperature else TEMPERATURES,
+        temperatures=(temperature,) if temperature else temperatures_of(config),
         prompt=prompt_of(given),
     )
-    if form.file is None:
-        raise missing_file(given)
+    assert form.file is not None  # read_form has refused it otherwise
     speech = SpeechRequest(
         audio=form.file,
         patient=patient,
-        base_if_missing=fields.choice(given, "fallback", ("none", "base"), "none") == "base",
+        base_if_missing=fallback_of(given, caller),
         settings=settings,
         account=caller.account,
         deadline=until,
@@ -269,15 +273,14 @@ def prompt_of(given: Fields) -> str | None:
 
 def base_names(request: Request) -> list[str]:
     """By which the base model may be asked for: its own, and those of the settings."""
-    config = config_of(request)
-    return list(dict.fromkeys((config.model, service_of(request).base_name, *config.model_names)))
+    return list(dict.fromkeys((service_of(request).base_name, *config_of(request).model_names)))
 
 
 @router.get(
     "/models",
     summary="The models that this token opens",
     response_model=ModelList,
-    responses={200: {"headers": IDS, "description": "The base model by all its names, then adapters."}}
+    responses=shapes.answered("The base model by all its names, then adapters.")
     | refusals(400, 401, 403, 429, 500, 503),
 )
 async def models(request: Request, caller: Who, page: Annotated[Page, Query()]) -> JSONResponse:
@@ -294,28 +297,19 @@ def _adapters(request: Request, caller: Caller, after: str | None, limit: int) -
         return [], False
     if caller.patient is not None:
         names = [caller.patient] if after is None else []
-    elif not opens_all(caller):
+    elif caller.base_only:
         names = []
     else:
         names = store.patients(after, limit + 1)
     found = [(name, store.current(name)) for name in names[:limit]]
-    return [_model(name, int(version.created)) for name, version in found if version], len(names) > limit
-
-
-def opens_all(caller: Caller) -> bool:
-    try:
-        caller.allow("manage")
-    except ServiceError:
-        return False
-    return True
+    return [_model(name, seconds_of(version)) for name, version in found if version], len(names) > limit
 
 
 @router.get(
     "/models/{model:path}",
     summary="One model",
     response_model=ModelShape,
-    responses={200: {"headers": IDS, "description": "It can be asked for."}}
-    | refusals(400, 401, 403, 404, 429, 500, 503),
+    responses=shapes.answered("It can be asked for.") | refusals(400, 401, 403, 404, 429, 500, 503),
 )
 async def model(request: Request, model: str, caller: Who) -> JSONResponse:
     if model in base_names(request):
@@ -325,10 +319,15 @@ async def model(request: Request, model: str, caller: Who) -> JSONResponse:
     current = await asyncio.to_thread(store.current, patient) if store and patient else None
     if current is None:
         raise model_not_found(model)
-    return JSONResponse(_model(model, int(current.created)))
+    return JSONResponse(_model(model, seconds_of(current)))
 
 
-def _model(name: str, created: int = STARTED) -> Mapping[str, Any]:
+def seconds_of(version: VersionInfo) -> int:
+    """When it was stored, since 1970."""
+    return int(datetime.fromisoformat(version.created).timestamp())
+
+
+def _model(name: str, created: int = STARTED) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "resonance"}
 
 

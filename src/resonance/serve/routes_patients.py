@@ -12,18 +12,19 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from resonance.messages import _
+from resonance.serve import fields, shapes
 from resonance.serve.archives import unpack
-from resonance.serve.asking import Who, config_of, service_of
+from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, service_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
-from resonance.serve.shapes import IDS, AdapterShape, Deleted, Page, PatientList, VersionShape, refusals
+from resonance.serve.routes_health import refuse_unless_ready
+from resonance.serve.shapes import AdapterShape, Deleted, Page, PatientList, Responses, VersionShape, refusals
 from resonance.serve.store import AdapterStore, VersionInfo
-from resonance.serve.uploads import read_archive
+from resonance.serve.uploads import read_body, read_form
 
 router = APIRouter(tags=["patients"])
 COMMON = (400, 401, 403, 404, 409, 429, 500, 503)
-MEGABYTE = 1_000_000
-MOST_FILES = 100
+ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
 PACKED = {"type": "string", "format": "binary", "description": "The adapter folder as a zip file."}
 UPLOAD = {
     "requestBody": {
@@ -43,8 +44,8 @@ UPLOAD = {
 }
 
 
-def _responses(status: int, text: str, *more: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"headers": IDS, "description": text}, **refusals(*COMMON, *more)}
+def _responses(status: int, text: str, *more: int) -> Responses:
+    return shapes.answered(text, status) | refusals(*COMMON, *more)
 
 
 class Rollback(BaseModel):
@@ -61,7 +62,7 @@ class Rollback(BaseModel):
     responses=_responses(200, "Ids in their order, a page at a time."),
 )
 async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]) -> JSONResponse:
-    caller.allow("manage")
+    caller.allow_manage()
     after = None if page.after is None else check_patient_id(page.after)
     store = store_of(request)
     found = await asyncio.to_thread(store.patients, after, page.limit + 1)
@@ -75,7 +76,7 @@ async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]
     response_model=AdapterShape,
     responses=_responses(200, "All versions, and which answers."),
 )
-async def adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
     caller.allow(patient)
     versions = await asyncio.to_thread(store_of(request).versions, patient)
@@ -93,11 +94,11 @@ async def adapter(request: Request, patient_id: str, caller: Who) -> JSONRespons
     responses=_responses(201, "Checked, kept, and answering from now on.", 408, 413, 415, 422),
     openapi_extra=UPLOAD,
 )
-async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
     model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
+    caller.allow_manage()
     store_of(request)
     config, service = config_of(request), service_of(request)
     if patient in (service.base_name, *config.model_names):
@@ -109,12 +110,10 @@ async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONRes
             param="patient_id",
         )
     most = int(config.max_adapter_mb * MEGABYTE)
+    packed = await _packed(request, most)
     with tempfile.TemporaryDirectory(prefix="resonance-adapter-") as place:
-        packed, folder = Path(place) / "adapter.zip", Path(place) / "adapter"
-        await read_archive(request, packed, most)
-        folder.mkdir()
-        await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
-        stored = await service.put_adapter(patient, _adapter_in(folder))
+        await asyncio.to_thread(unpack, packed, Path(place), most)
+        stored = await service.put_adapter(patient, Path(place))
     return JSONResponse(shape(stored), status_code=201)
 
 
@@ -125,14 +124,14 @@ async def put_adapter(request: Request, patient_id: str, caller: Who) -> JSONRes
     responses=_responses(200, "The version that answers now.", 422),
 )
 async def roll_back(
-    request: Request, patient_id: str, caller: Who, wanted: Rollback | None = None
+    request: Request, patient_id: PatientId, caller: Who, wanted: Rollback | None = None
 ) -> JSONResponse:
     """Without a version, the one before."""
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
-    store = store_of(request)
+    caller.allow_manage()
+    store_of(request)
     version = wanted.version if wanted else None
-    return JSONResponse(shape(await asyncio.to_thread(store.roll_back, patient, version)))
+    return JSONResponse(shape(await service_of(request).roll_back(patient, version)))
 
 
 @router.delete(
@@ -141,17 +140,17 @@ async def roll_back(
     response_model=Deleted,
     responses=_responses(200, "Nothing of it is left."),
 )
-async def delete_adapter(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def delete_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
-    caller.allow("manage")
-    store = store_of(request)
-    if not await asyncio.to_thread(store.has, patient):
-        raise no_adapter(patient)
-    await asyncio.to_thread(store.delete, patient)
+    caller.allow_manage()
+    store_of(request)
+    await service_of(request).delete_adapter(patient)
     return JSONResponse({"patient_id": patient, "deleted": True})
 
 
 def store_of(request: Request) -> AdapterStore:
+    """Raises ServiceError 503 while the model is loading, 409 where there is none."""
+    refuse_unless_ready(request)
     store = service_of(request).store
     if store is None:
         raise ServiceError(
@@ -183,9 +182,20 @@ def shape(version: VersionInfo) -> dict[str, Any]:
     }
 
 
-def _adapter_in(folder: Path) -> Path:
-    """The adapter folder in what was unpacked: that itself, or the one folder in it."""
-    inside = [*folder.iterdir()]
-    if len(inside) == 1 and inside[0].is_dir():
-        return inside[0]
-    return folder
+async def _packed(request: Request, most: int) -> bytes:
+    """The zip file: the body itself, or the file of a form."""
+    until, budget = deadline(config_of(request)), budget_of(request)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        form = await read_form(request, max_file_bytes=most, deadline=until, budget=budget)
+        fields.only_known(form.fields, ["file"])
+        assert form.file is not None  # read_form has refused it otherwise
+        return form.file.data
+    if kind not in ZIP_TYPES:
+        raise ServiceError(
+            415,
+            "not_an_archive",
+            _("The body is no zip file: its Content-Type is {found}.").format(found=fields.shown(kind or "-")),
+            _("Send the adapter folder as a zip file, as application/zip."),
+        )
+    return await read_body(request, max_bytes=most, deadline=until, budget=budget)

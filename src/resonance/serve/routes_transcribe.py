@@ -10,16 +10,15 @@ from fastapi.responses import JSONResponse
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi
-from resonance.serve.asking import Who, config_of, deadline, service_of, unless_gone
+from resonance.serve.asking import PatientId, Who, config_of, deadline, form_of, service_of, unless_gone
+from resonance.serve.auth import Caller
 from resonance.serve.fields import Fields
 from resonance.serve.patients import check_patient_id
 from resonance.serve.shapes import IDS, Transcript, refusals
 from resonance.serve.speech import SpeechRequest
-from resonance.serve.uploads import missing_file, read_form
 from resonance.transcribe.recognizer import DecodeSettings, Times
 
 router = APIRouter(tags=["transcribe"])
-TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # as `resonance transcribe` has them
 
 FIELDS: dict[str, openapi.Schema] = {
     "file": openapi.FILE,
@@ -36,6 +35,7 @@ FIELDS: dict[str, openapi.Schema] = {
         "enum": ["false", "segment", "word"],
         "default": "false",
         "description": "Give the times of sentences, or of words too.",
+        "examples": ["word"],
     },
     "confidence": {
         "type": "boolean",
@@ -45,8 +45,8 @@ FIELDS: dict[str, openapi.Schema] = {
     "phrases": {
         "type": "array",
         "items": {"type": "string", "minLength": 1, "maxLength": 40, "pattern": "^[A-Za-z][A-Za-z ]*$"},
-        "maxItems": 10_000,
-        "description": "What this person says, given again and again, one a line, or as a JSON list: decoding leans towards it.",
+        "maxItems": 40,
+        "description": "What this person says, given again and again, one a line, or as a JSON list: decoding leans towards it. Up to 10,000 phrases and 64 kB in one field.",
         "examples": [["good morning", "I am thirsty"]],
     },
     "phrases_only": {
@@ -64,7 +64,6 @@ FIELDS: dict[str, openapi.Schema] = {
         "description": "Write nothing for what is probably silence, noise or music.",
     },
 }
-EXAMPLE = {"file": "(recording.wav)", "language": "en", "timestamps": "word"}
 ANSWER = {
     "text": "I am thirsty.",
     "language": "en",
@@ -83,7 +82,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     summary="Turn a recording into text",
     response_model=Transcript,
     responses=RESPONSES,
-    openapi_extra=openapi.form(FIELDS, "file", example=EXAMPLE | {"patient_id": "anna"}),
+    openapi_extra=openapi.form(FIELDS, "file"),
 )
 async def transcribe(request: Request, caller: Who) -> JSONResponse:
     return await answered(request, caller, None)
@@ -94,11 +93,9 @@ async def transcribe(request: Request, caller: Who) -> JSONResponse:
     summary="Turn a recording of this person into text",
     response_model=Transcript,
     responses=RESPONSES,
-    openapi_extra=openapi.form(
-        {name: schema for name, schema in FIELDS.items() if name != "patient_id"}, "file", example=EXAMPLE
-    ),
+    openapi_extra=openapi.form({name: schema for name, schema in FIELDS.items() if name != "patient_id"}, "file"),
 )
-async def transcribe_patient(request: Request, patient_id: str, caller: Who) -> JSONResponse:
+async def transcribe_patient(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = check_patient_id(patient_id)
     caller.allow(patient)
     return await answered(request, caller, patient)
@@ -108,7 +105,7 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
     """Read the form, transcribe, answer. `patient`: of the path."""
     config = config_of(request)
     until = deadline(config)
-    form = await read_form(request, config)
+    form = await form_of(request, until)
     given = form.fields
     fields.only_known(given, [name for name in FIELDS if patient is None or name != "patient_id"])
     if patient is None:
@@ -116,12 +113,11 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
     settings = settings_of(given, config)
     confidence = fields.flag(given, "confidence", False)
     skip = fields.flag(given, "skip_nonspeech", True)
-    if form.file is None:
-        raise missing_file(given)
+    assert form.file is not None  # read_form has refused it otherwise
     asked = SpeechRequest(
         audio=form.file,
         patient=patient,
-        base_if_missing=fields.choice(given, "fallback", ("none", "base"), "none") == "base",
+        base_if_missing=fallback_of(given, caller),
         settings=settings,
         skip_nonspeech=skip,
         account=caller.account,
@@ -140,6 +136,14 @@ def patient_asked(given: Fields, caller: Who) -> str | None:
     return patient
 
 
+def fallback_of(given: Fields, caller: Caller) -> bool:
+    """Whether the base model may answer. Raises ServiceError 403 where that is not for the caller."""
+    if fields.choice(given, "fallback", ("none", "base"), "none") == "none":
+        return False
+    caller.allow_base()
+    return True
+
+
 def settings_of(given: Fields, config: ServeConfig) -> DecodeSettings:
     """How to decode, as the form says."""
     task = fields.choice(given, "task", ("transcribe", "translate"), "")
@@ -149,10 +153,17 @@ def settings_of(given: Fields, config: ServeConfig) -> DecodeSettings:
         fields.whole(given, "num_beams", 1, config.max_beams, 1),
         times_of(given),
         scores=True,
-        temperatures=TEMPERATURES,
+        temperatures=temperatures_of(config),
         prompt=fields.text(given, "prompt"),
         phrases=fields.phrase_help(given),
     )
+
+
+def temperatures_of(config: ServeConfig) -> tuple[float, ...]:
+    """At which a text is decoded again, one after the other, as `resonance transcribe` has them."""
+    step = config.temperature_increment_on_fallback
+    higher = [round(step * i, 6) for i in range(1, int(1 / step + 1e-6) + 1)] if step else []
+    return (0.0, *higher)
 
 
 def times_of(given: Fields) -> Times:
@@ -161,5 +172,7 @@ def times_of(given: Fields) -> Times:
     if value is None:
         return "none"
     if value.lower() not in words:
-        raise fields.wrong("timestamps", value, _("It must be one of {choices}.").format(choices="false, segment, word"))
+        raise fields.wrong(
+            "timestamps", value, _("It must be one of {choices}.").format(choices="false, segment, word")
+        )
     return words[value.lower()]

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from resonance.serve.openapi import ID
+
 
 class Shape(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
@@ -98,8 +100,8 @@ class Transcript(Shape):
 class VersionShape(Shape):
     version: str
     fingerprint: str
-    created: float
-    """Seconds since 1970."""
+    created: str
+    """UTC, ISO 8601."""
     bytes: int
     current: bool
     """Whether this is the one that answers."""
@@ -218,12 +220,18 @@ _EXAMPLES = {
     429: ("queue_full", "Too much audio is waiting."),
     503: ("loading", "The model is being loaded."),
 }
+Responses = dict[int | str, dict[str, Any]]
 _WAIT = {"description": "Whole seconds to wait.", "schema": {"type": "integer", "minimum": 0}}
 _ID = {"description": "Name of this request, for the log.", "schema": {"type": "string"}}
 IDS = {"X-Request-Id": _ID}
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def answered(description: str, status: int = 200, **more: Any) -> Responses:
+    """What a route answers, for the OpenAPI document."""
+    return {status: {"headers": IDS, "description": description, **more}}
+
+
+def refusals(*statuses: int) -> Responses:
     """These refusals for the OpenAPI document, with an example each."""
     return {status: _refusal(status) for status in statuses}
 
@@ -244,5 +252,5 @@ def _refusal(status: int) -> dict[str, Any]:
 class Page(Shape):
     """How many to list, and after which."""
 
-    after: str | None = Field(None, max_length=128)
+    after: str | None = Field(None, json_schema_extra={"pattern": ID["pattern"], "maxLength": ID["maxLength"]})
     limit: int = Field(100, ge=1, le=1000)

@@ -71,7 +71,8 @@ class Utterances:
         return behind + int(LEAD_SECONDS * SAMPLE_RATE) // FRAME * FRAME
 
     def _spoken(self) -> npt.NDArray[np.bool_]:
-        return self.heard > NOBODY
+        found: npt.NDArray[np.bool_] = self.heard > NOBODY
+        return found
 
     def _cut(self, length: int) -> Utterance:
         found = Utterance(self.first / SAMPLE_RATE, self.held[:length])
@@ -84,4 +85,4 @@ class Utterances:
         begun = len(self.heard) * FRAME
         frames = self.held[begun : len(self.held) // FRAME * FRAME].reshape(-1, FRAME)
         level = np.sqrt(np.square(frames, dtype=np.float64).mean(axis=1))
-        return (level > QUIET_LEVEL).astype(np.float32)
+        return np.asarray(level > QUIET_LEVEL, np.float32)
