@@ -33,6 +33,10 @@ def serve(config: ServeConfig) -> int:
     """Answer until SIGTERM or Ctrl-C. Returns 0 where all requests under way have been answered by then, else 128 + the
     signal's number. Raises ResonanceError where it cannot begin."""
     check_exposure(config)
+    if config.engine == "ray":
+        from resonance.serve.ray_app import serve_with_ray
+
+        return serve_with_ray(config)
     listening = bind(config)
     with listening:
         service = create_service(config)

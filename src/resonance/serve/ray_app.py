@@ -4,21 +4,24 @@ One deployment, the front, has the routes and knows who may; the other, `models`
 a person's requests to the replica that says it has their adapter. Ray's own batching is not used: it takes batches apart by
 adapter, and mixing them is what makes a replica fast.
 
-What is sent stays in memory: Ray's object store may not write what does not fit to disk (`NO_SPILLING`).
+What is sent stays in memory: Ray's object store may not write what does not fit to disk (`ENVIRONMENT`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
-import threading
+import sys
+import time
 from types import FrameType
 from typing import Any
 
 from resonance.config_serve import ServeConfig
-from resonance.errors import MissingExtraError, ResonanceError
+from resonance.errors import Interrupted, MissingExtraError, ResonanceError
 from resonance.messages import _
+from resonance.serve.auth import Auth
+from resonance.serve.command import announce, bind
 from resonance.serve.replica import Replica
 
 APP = "resonance"
@@ -29,11 +32,13 @@ BATCHES_WAITING = 16
 MEBIBYTE = 1 << 20
 OBJECT_STORE_UPLOADS = 8  # of the largest size, in the memory that Ray shares between processes
 HEALTH_SECONDS = 5.0
-# Before Ray is imported. The first: nothing is reported to its makers.
+# Before Ray is imported. The first: nothing is reported to its makers. The second: what does not fit into memory is not
+# written to disk.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_automatic_object_spilling_enabled": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # copies without a share of a GPU are not told that there is none
+    "GRPC_VERBOSITY": "ERROR",
 }
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the audit log has who asked for what
 
@@ -41,30 +46,55 @@ QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the audit log ha
 def serve_with_ray(config: ServeConfig) -> int:
     """Answer until SIGTERM or Ctrl-C. Raises MissingExtraError without Ray, ResonanceError where it cannot begin."""
     ray, serve = import_ray()
-    port = config.port or free_port(config.host)
+    Auth.from_config(config)
+    with bind(config) as listening:  # whether it can be, before Ray starts
+        port = int(listening.getsockname()[1])
     ray.init(
         include_dashboard=False,
         object_store_memory=max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb)) * MEBIBYTE,
         logging_level="warning",
         **({} if os.environ.get("RAY_ADDRESS") else {"address": "local"}),
     )
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]  # Ray sets its own
     try:
-        serve.start(
-            http_options={"host": config.host, "port": port}, proxy_location="EveryNode", logging_config=QUIET
+        serve.start(http_options={"host": config.host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
+        print(
+            _("Starting {count} copies of {model} with Ray …").format(count=config.min_replicas, model=config.model),
+            flush=True,
         )
-        print(_("Starting {count} copies of {model} with Ray …").format(count=config.min_replicas, model=config.model))
         try:
             serve.run(application(serve, config), name=APP, route_prefix="/")
         except RuntimeError as error:
             raise ResonanceError(
-                _("Ray cannot start the copies of the model: {reason}").format(reason=error)
+                _("Ray cannot start the copies of the model: {reason}").format(reason=why(serve) or error)
             ) from None
-        print(_("Listening on {address}").format(address=f"http://{config.host}:{port}"), flush=True)
-        wait_for_signal()
+        announce(config, port)
+        print(_("Ready."), flush=True)
+        with contextlib.suppress(Interrupted):
+            while True:
+                time.sleep(3600)
+        print(_("Stopping: what is under way is answered first."), file=sys.stderr, flush=True)
         return 0
     finally:
+        for number, _handler in before:
+            signal.signal(number, signal.SIG_IGN)  # once more is too late; it ends within `drain_seconds`
         serve.shutdown()
         ray.shutdown()
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(_("Stopped."), number)
+
+
+def why(serve: Any) -> str:
+    """What Ray knows of the failure: the last line of the error in a copy."""
+    with contextlib.suppress(Exception):
+        for deployment in serve.status().applications[APP].deployments.values():
+            if lines := [line.strip() for line in str(deployment.message).splitlines() if line.strip()]:
+                return lines[-1]
+    return ""
 
 
 def import_ray() -> tuple[Any, Any]:
@@ -130,22 +160,3 @@ def scaling(config: ServeConfig) -> dict[str, Any]:
         return {"num_replicas": least}
     wanted = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": config.batch_size}
     return {"autoscaling_config": wanted}
-
-
-def free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-        found.bind((host, 0))
-        return int(found.getsockname()[1])
-
-
-def wait_for_signal() -> None:
-    asked = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        asked.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    while not asked.wait(1.0):  # a wait without end is not woken by signals on Windows
-        pass

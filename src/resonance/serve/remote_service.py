@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
+from resonance.model.load import load_tokenizer
 from resonance.serve.faults import ServiceError
-from resonance.serve.metrics import Metrics
+from resonance.serve.front_metrics import FrontMetrics
 from resonance.serve.replica import About, Mistake, Refusal, packed
 from resonance.serve.service import State
 from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.transcribe.recognizer import TimedText
 
-ASK_SECONDS = 2.0  # between two questions to the copies, whether they are there
+log = logging.getLogger(__name__)
+ASK_SECONDS = 5.0  # between two questions to the copies, whether they are there
 RETRY_SECONDS = 5
-PUT_SECONDS = 120.0
+CHANGE_SECONDS = 120.0  # for an adapter to be checked and stored
 GRACE_SECONDS = 5.0  # after a deadline, for the copy to say so itself
 ATTEMPTS = 3  # copies that are asked, where one dies over the request
 
@@ -33,9 +36,10 @@ class RemoteService:
     """
 
     def __init__(self, config: ServeConfig, copies: Any, store: AdapterStore | None) -> None:
-        self.config, self.store, self.metrics = config, store, Metrics()
+        self.config, self.store, self.metrics = config, store, FrontMetrics()
         self.base_name, self.base_fingerprint = config.model, ""
         self._copies = copies
+        self._tokenizer: Any = None
         self._asking: asyncio.Task[None] | None = None
         self._about: About | None = None
         self._silent = False
@@ -52,6 +56,8 @@ class RemoteService:
         return State("ready", "")
 
     async def start(self) -> None:
+        tokenizer, _multilingual = await asyncio.to_thread(load_tokenizer, self.config.model)
+        self._tokenizer = tokenizer
         self._asking = asyncio.create_task(self._ask_again())
 
     async def drain(self, seconds: float) -> None:
@@ -66,14 +72,21 @@ class RemoteService:
                 found = await self._call("about", None, time.monotonic() + self.config.ready_seconds)
                 self._about, self._silent = found, False
                 self.base_name, self.base_fingerprint = found.base_name, found.base_fingerprint
+                asked = self._copies.broadcast("figures")
+                told = await asked.results_async(timeout_s=self.config.ready_seconds, return_exceptions=True)
+                self.metrics.copies = dict(one for one in told if isinstance(one, tuple))
             except ServiceError:
                 self._silent = True
+            except Exception as error:  # of Ray's: one round is lost
+                log.warning("asking the copies of the model: %s", type(error).__name__)
             await asyncio.sleep(ASK_SECONDS)
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
         """Raises ServiceError."""
         self._refuse_unless_ready()
-        answer: Answer = await self._call("transcribe", request.patient, request.deadline, request)
+        answer: Answer = await self._call(
+            "transcribe", request.patient, request.deadline, request, _left(request.deadline)
+        )
         return answer
 
     async def stream(self, request: SpeechRequest) -> AsyncIterator[TimedText | Answer]:
@@ -100,24 +113,41 @@ class RemoteService:
     async def check(self) -> None:
         """Raises ServiceError where no copy answers a tiny question in time."""
         self._refuse_unless_ready()
-        await self._call("check", None, time.monotonic() + self.config.ready_seconds, with_time=False)
+        await self._call("check", None, time.monotonic() + self.config.ready_seconds)
 
     async def put_adapter(self, patient: str, folder: Path) -> VersionInfo:
-        """Checked by a copy, which puts it into the store. The other copies see it within `refresh_seconds`."""
-        self._refuse_unless_ready()
+        """Checked by a copy, which puts it into the store. All copies answer with it from now on."""
         data = await asyncio.to_thread(packed, folder)
-        until = time.monotonic() + PUT_SECONDS
-        stored: VersionInfo = await self._call("put_adapter", patient, until, patient, data, with_time=False)
+        stored: VersionInfo = await self._change("put_adapter", patient, data)
         return stored
 
-    async def _call(self, name: str, patient: str | None, until: float, *given: Any, with_time: bool = True) -> Any:
+    async def roll_back(self, patient: str, version: str | None = None) -> VersionInfo:
+        """Let an earlier version answer; without `version`, the one before."""
+        found: VersionInfo = await self._change("roll_back", patient, version)
+        return found
+
+    async def delete_adapter(self, patient: str) -> None:
+        """Delete all versions."""
+        await self._change("delete_adapter", patient)
+
+    def tokens(self, text: str) -> list[int]:
+        """The model's tokens of a text, as OpenAI's segments list them."""
+        assert self._tokenizer is not None  # `start` has read it
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    async def _change(self, name: str, patient: str, *given: Any) -> Any:
+        self._refuse_unless_ready()
+        found = await self._call(name, patient, time.monotonic() + CHANGE_SECONDS, patient, *given)
+        with contextlib.suppress(Exception):  # a copy that does not hear of it looks by itself
+            await self._copies.broadcast("changed", patient).results_async(timeout_s=ASK_SECONDS)
+        return found
+
+    async def _call(self, name: str, patient: str | None, until: float, *given: Any) -> Any:
         """The answer of a copy, preferably of one that has the patient's adapter. Another is asked where one dies over it."""
         for attempt in range(ATTEMPTS):
-            left = _left(until)
-            timed = (left,) if with_time and given else ()
-            response = self._method(name, patient).remote(*given, *timed)
+            response = self._method(name, patient).remote(*given)
             try:
-                answer = await asyncio.wait_for(_await(response), left + GRACE_SECONDS)
+                answer = await asyncio.wait_for(_answer(response), _left(until) + GRACE_SECONDS)
             except _lost() as error:
                 if attempt + 1 == ATTEMPTS:
                     raise _lost_copy() from error
@@ -146,12 +176,10 @@ class RemoteService:
     def _refuse_unless_ready(self) -> None:
         state = self.state
         if state.status != "ready":
-            raise ServiceError(
-                503, state.status, state.reason, _("Ask again in a moment."), retry_after=RETRY_SECONDS
-            )
+            raise ServiceError(503, state.status, state.reason, _("Ask again in a moment."), retry_after=RETRY_SECONDS)
 
 
-async def _await(response: Any) -> Any:
+async def _answer(response: Any) -> Any:
     return await response
 
 
@@ -186,5 +214,9 @@ def _lost_copy() -> ServiceError:
 
 def _too_much() -> ServiceError:
     return ServiceError(
-        429, "too_busy", _("More recordings are waiting than the service takes."), _("Ask again in a moment."), retry_after=RETRY_SECONDS
+        429,
+        "too_busy",
+        _("More recordings are waiting than the service takes."),
+        _("Ask again in a moment."),
+        retry_after=RETRY_SECONDS,
     )

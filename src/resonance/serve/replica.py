@@ -7,6 +7,7 @@ import contextlib
 import io
 import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, replace
@@ -25,7 +26,6 @@ from resonance.transcribe.recognizer import TimedText
 Given = TypeVar("Given")
 MEGABYTE = 1_000_000
 MOST_FILES = 100
-LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,6 @@ class About:
 
     base_name: str
     base_fingerprint: str
-    metrics: bytes  # Prometheus's text format
 
 
 class Replica:
@@ -74,12 +73,12 @@ class Replica:
     Times travel as seconds that are left, because every machine has a clock of its own.
     """
 
-    async def __init__(self, config: ServeConfig) -> None:
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         self.config = config
+        self.name = uuid.uuid4().hex[:8]
         self.service: Service = create_service(config)
         await self.service.start()
-        while self.service.state.status == "loading":
-            await asyncio.sleep(LOOK_SECONDS)
+        await self.service.loaded()
         self.check_health()
 
     def check_health(self) -> None:
@@ -89,8 +88,17 @@ class Replica:
             raise RuntimeError(state.reason)
 
     async def about(self) -> About:
+        return About(self.service.base_name, self.service.base_fingerprint)
+
+    async def figures(self) -> tuple[str, bytes]:
+        """A name for this copy, and its figures in Prometheus's text format."""
         content, _type = self.service.metrics.exposition()
-        return About(self.service.base_name, self.service.base_fingerprint, content)
+        return self.name, content
+
+    async def changed(self, patient: str) -> None:
+        """Another copy has changed the person's adapter."""
+        if self.service.pool is not None:
+            self.service.pool.changed(patient)
 
     async def transcribe(self, request: SpeechRequest, seconds: float) -> Answer | Refusal | Mistake:
         """`seconds`: left until the deadline, whatever clock that was on."""
@@ -101,9 +109,11 @@ class Replica:
         self, request: SpeechRequest, seconds: float
     ) -> AsyncIterator[TimedText | Answer | Refusal | Mistake]:
         await self.announce(request.patient)
+        asked = replace(request, deadline=time.monotonic() + seconds)
         try:
-            async for piece in self.service.stream(replace(request, deadline=time.monotonic() + seconds)):
-                yield piece
+            async with contextlib.aclosing(self.service.stream(asked)) as pieces:
+                async for piece in pieces:
+                    yield piece
         except ServiceError as error:
             yield Refusal.of(error)
         except (DataError, ModelError) as error:
@@ -115,12 +125,17 @@ class Replica:
     async def put_adapter(self, patient: str, packed: bytes) -> VersionInfo | Refusal | Mistake:
         """`packed`: the adapter folder as a zip file."""
         with tempfile.TemporaryDirectory(prefix="resonance-adapter-") as place:
-            archive, folder = Path(place) / "adapter.zip", Path(place) / "adapter"
-            archive.write_bytes(packed)
+            folder = Path(place) / "adapter"
             folder.mkdir()
             most = int(self.config.max_adapter_mb * MEGABYTE)
-            await asyncio.to_thread(unpack, archive, folder, most, MOST_FILES)
+            await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
             return await _said(self.service.put_adapter(patient, folder))
+
+    async def roll_back(self, patient: str, version: str | None) -> VersionInfo | Refusal | Mistake:
+        return await _said(self.service.roll_back(patient, version))
+
+    async def delete_adapter(self, patient: str) -> Refusal | Mistake | None:
+        return await _said(self.service.delete_adapter(patient))
 
     async def announce(self, patient: str | None) -> None:
         """Read the person's adapter, and let the front know that it is here. Where there is none, the request says so."""
