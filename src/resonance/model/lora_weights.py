@@ -1,12 +1,56 @@
-"""A LoRA adapter as weights in memory, without PEFT: read in milliseconds, shared by every batch that speaks with it."""
+"""A LoRA adapter as weights in memory, without PEFT: read in milliseconds, shared by every batch that speaks with it.
+
+What the matrices mean is PEFT's: an update is `scaling · B·A`, with scaling alpha/r, or alpha/√r with use_rslora
+(`peft.tuners.lora.layer.LoraLayer.update_layer`). Whatever else an adapter may hold is refused here: half an adapter would
+answer, and in the person's name.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 
-from resonance.model.adapters import Info
+from resonance.errors import AdapterError
+from resonance.messages import _
+from resonance.model.adapters import Info, check_complete, read_info
+from resonance.model.lora_config import MAX_RANK, LoraSettings, read_settings
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_HEADER_ROOM = 16 << 20  # bytes of names and notes before the matrices
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class AdapterBase(Protocol):
+    """The model that adapters are put on, as far as reading one goes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights, see `load.weights_fingerprint`."""
+        ...
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """The linear layers that an adapter may update: name -> (in, out)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -14,12 +58,170 @@ class LoadedAdapter:
     """The low-rank updates of one adapter. Never changed: a newer version is another object.
 
     layers: by the name of the linear layer in WhisperForConditionalGeneration (`model.encoder.layers.0.self_attn.q_proj`),
-    A [in, rank] and B [rank, out], B multiplied by the scaling, both in the model's precision and on its device.
+    A [in, rank] and B [rank, out], B multiplied by the scaling, both in the model's precision and on its device; views of
+    one tensor.
     """
 
     name: str
     version: str
     fingerprint: str  # SHA-256 of adapter_model.safetensors, in hexadecimal
     info: Info
-    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    layers: dict[str, _Pair]
     nbytes: int
+
+
+def read_adapter(folder: Path, *, name: str, version: str, base: AdapterBase) -> LoadedAdapter:
+    """The adapter in `folder`, ready for `base`. Reads JSON and safetensors only.
+
+    One that was never trained (B all zero) is what it says it is. Raises AdapterError where a file is missing or damaged,
+    where it was made for other weights, holds anything but plain LoRA matrices of linear layers, or lacks one of those that
+    it is said to have.
+    """
+    info = read_info(folder)
+    if info.kind != "lora":
+        raise AdapterError(
+            _(
+                "{folder} holds a fully fine-tuned model, not a LoRA adapter. Train with --finetuning lora, or start a "
+                "service of its own with this model."
+            ).format(folder=folder)
+        )
+    check_complete(folder)
+    if info.base_fingerprint != base.fingerprint:
+        raise AdapterError(
+            _(
+                "The adapter {folder} was trained on {expected} (weights {expected_print}); the model here is {found} "
+                "(weights {found_print}). Train it again on this one, or start a service with --model {expected}."
+            ).format(
+                folder=folder,
+                expected=info.base_model,
+                expected_print=(info.base_fingerprint or "–")[:12],
+                found=base.name,
+                found_print=base.fingerprint[:12],
+            )
+        )
+    settings = read_settings(folder)
+    data = _read(folder / WEIGHTS_FILE, base)
+    fingerprint = hashlib.sha256(data).hexdigest()
+    try:
+        weights = load(data)
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:  # the latter two: types of other libraries
+        raise AdapterError(
+            _("{path} is damaged: {reason}. Copy the adapter again.").format(path=folder / WEIGHTS_FILE, reason=error)
+        ) from None
+    pairs = _pairs(folder, weights, settings, base)
+    flat = torch.empty(sum(a.numel() + b.numel() for a, b in pairs.values()), dtype=base.dtype)
+    _fill(flat, pairs, settings)
+    if not math.isfinite(flat.sum(dtype=torch.float32)) and not bool(torch.isfinite(flat).all()):
+        raise AdapterError(
+            _(
+                "The adapter {folder} holds values that are no numbers, or too large for {dtype}. Train it again, with a "
+                "smaller --learning_rate."
+            ).format(folder=folder, dtype=str(flat.dtype).removeprefix("torch."))
+        )
+    flat = flat.to(base.device)
+    return LoadedAdapter(name, version, fingerprint, info, _views(flat, pairs), flat.nbytes)
+
+
+def _read(path: Path, base: AdapterBase) -> bytes:
+    """The whole file: a mapped one that somebody shortens ends the process (SIGBUS)."""
+    most = sum(into + out for into, out in base.linear_shapes.values()) * MAX_RANK * 8 + _HEADER_ROOM
+    try:
+        size = path.stat().st_size
+        if size <= most:
+            return path.read_bytes()
+    except OSError as error:
+        raise AdapterError(
+            _("{path}: cannot be read ({reason}).").format(path=path, reason=error.strerror or error)
+        ) from error
+    raise AdapterError(
+        _("{path} has {size} MB, more than any adapter of this model ({most} MB). Copy the adapter again.").format(
+            path=path, size=size // 1_000_000, most=most // 1_000_000
+        )
+    )
+
+
+def _pairs(
+    folder: Path, weights: dict[str, torch.Tensor], settings: LoraSettings, base: AdapterBase
+) -> dict[str, _Pair]:
+    """A [rank, in] and B [out, rank] by layer, as they are in the file, each of them checked."""
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(weights):
+        found = _KEY.fullmatch(key)
+        if found is None or found["layer"] not in base.linear_shapes:
+            raise AdapterError(_stray(folder, key, base))
+        sides.setdefault(found["layer"], {})[found["side"]] = weights[key]
+    if not sides:
+        raise AdapterError(
+            _(
+                "The adapter {folder} holds no matrices: the base model would answer in its name. Train it again."
+            ).format(folder=folder)
+        )
+    lacking = [layer for layer in base.linear_shapes if settings.updates(layer) != (layer in sides)]
+    lacking += [layer for layer, pair in sides.items() if len(pair) < 2]
+    if lacking:
+        raise AdapterError(
+            _(
+                "The adapter {folder} does not fit together: {count} layers have matrices and should not, or should and have "
+                "none (such as {name}). Copy the adapter again."
+            ).format(folder=folder, count=len(lacking), name=min(lacking))
+        )
+    pairs = {}
+    for layer, pair in sides.items():
+        rank, (into, out) = settings.rank(layer), base.linear_shapes[layer]
+        a, b = pair["A"], pair["B"]
+        if a.shape != (rank, into) or b.shape != (out, rank) or not (a.is_floating_point() and b.is_floating_point()):
+            raise AdapterError(
+                _(
+                    "The adapter {folder} does not fit {layer}: it has A {a} and B {b} ({dtype}) where {wanted_a} and "
+                    "{wanted_b} belong. It was made for another model, or damaged."
+                ).format(
+                    folder=folder,
+                    layer=layer,
+                    a=list(a.shape),
+                    b=list(b.shape),
+                    dtype=str(a.dtype).removeprefix("torch."),
+                    wanted_a=[rank, into],
+                    wanted_b=[out, rank],
+                )
+            )
+        if not a.any():
+            # Never so in training. It is what a copy leaves that reserved the room and has not come so far.
+            raise AdapterError(
+                _("The adapter {folder} holds only zeros for {layer}. Copy it again, completely.").format(
+                    folder=folder, layer=layer
+                )
+            )
+        pairs[layer] = (a, b)
+    return pairs
+
+
+def _stray(folder: Path, key: str, base: AdapterBase) -> str:
+    if "lora_magnitude_vector" in key:
+        return _(
+            "The adapter {folder} is a DoRA adapter ({key}), which cannot be mixed with others. Train it without DoRA."
+        ).format(folder=folder, key=key)
+    if "lora_embedding_" in key or ".conv" in key:
+        return _(
+            "The adapter {folder} updates an embedding or a convolution ({key}); only linear layers can differ from person "
+            "to person. Train it with --target_modules of linear layers."
+        ).format(folder=folder, key=key)
+    return _("The adapter {folder} holds {key}, which belongs to no linear layer of {base}.").format(
+        folder=folder, key=key, base=base.name
+    )
+
+
+def _fill(flat: torch.Tensor, pairs: dict[str, _Pair], settings: LoraSettings) -> None:
+    for (layer, (a, b)), (a_view, b_view) in zip(pairs.items(), _views(flat, pairs).values(), strict=True):
+        a_view.copy_(a.T)
+        # Scaled in float32: a float16 file would otherwise be rounded twice.
+        b_view.copy_(b.T.to(torch.float32) * settings.scaling(layer))
+
+
+def _views(flat: torch.Tensor, pairs: dict[str, Any]) -> dict[str, _Pair]:
+    """A [in, rank] and B [rank, out] of each layer, one after the other in `flat`."""
+    views, start = {}, 0
+    for layer, (a, b) in pairs.items():
+        middle, end = start + a.numel(), start + a.numel() + b.numel()
+        views[layer] = (flat[start:middle].view(a.shape[1], -1), flat[middle:end].view(-1, b.shape[0]))
+        start = end
+    return views
