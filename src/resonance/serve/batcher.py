@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -277,7 +278,8 @@ class Batcher:
             if came.memory:
                 log.warning("memory is full with %d windows of %d positions", len(rows), positions)
             else:
-                log.exception("%d windows of %d positions cannot be decoded", len(rows), positions)
+                # As text: a record that some handler keeps would keep the tensors too.
+                log.error("%d windows of %d positions:\n%s", len(rows), positions, traceback.format_exc())
         else:
             self._worked = time.monotonic()
             self._began = self._fault = None
