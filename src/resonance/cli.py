@@ -169,6 +169,7 @@ def overview() -> str:
         ("data split", _("divide recordings into training and validation")),
         ("data shard", _("recordings into tar files that a large training streams")),
         ("sagemaker", _("train on rented machines of Amazon: submit, status, logs, download")),
+        ("token", _("who may use the service: create, list, revoke")),
         ("doctor", _("what is installed, what this machine can do, what to install for more")),
     ]
     lines = [_("Resonance fine-tunes Whisper on your own recordings and puts the result to work."), ""]
@@ -306,7 +307,7 @@ def demo(argv: list[str]) -> int:
 
 
 def group(title: str, argv: list[str]) -> int:
-    """`resonance data …` and `resonance sagemaker …`."""
+    """`resonance data …`, `resonance sagemaker …` and `resonance token …`."""
     commands = GROUPS[title]()
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
@@ -329,6 +330,12 @@ def sagemaker_commands() -> dict[str, Command]:
     return cli_sagemaker.COMMANDS
 
 
+def token_commands() -> dict[str, Command]:
+    from resonance import cli_token
+
+    return cli_token.COMMANDS
+
+
 def doctor(argv: list[str]) -> int:
     from resonance.cli_data import Parser
 
@@ -340,7 +347,11 @@ def doctor(argv: list[str]) -> int:
     return print_report(ask_hub=args.hub)
 
 
-GROUPS: dict[str, Callable[[], dict[str, Command]]] = {"data": data_commands, "sagemaker": sagemaker_commands}
+GROUPS: dict[str, Callable[[], dict[str, Command]]] = {
+    "data": data_commands,
+    "sagemaker": sagemaker_commands,
+    "token": token_commands,
+}
 COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,

@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from resonance.errors import DataError, ManifestError
@@ -69,15 +70,16 @@ def lines(text: str) -> Iterator[str]:
         start = end
 
 
-def write_text_atomic(path: Path, parts: Iterable[str], *, bom: bool = False) -> None:
-    """Write `parts` one after the other to `path` (UTF-8), which appears complete or not at all.
+def write_text_atomic(path: Path, parts: Iterable[str], *, bom: bool = False, mode: int = 0o666) -> None:
+    """Write `parts` one after the other to `path` (UTF-8), which appears complete or not at all, with permissions `mode`.
 
     Raises DataError with the reason (no permission, disk full) and leaves an existing file as it was.
     """
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8-sig" if bom else "utf-8", newline="") as stream:
+        encoding = "utf-8-sig" if bom else "utf-8"
+        with open(temporary, "w", encoding=encoding, newline="", opener=partial(os.open, mode=mode)) as stream:
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())

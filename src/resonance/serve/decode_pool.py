@@ -26,6 +26,7 @@ from resonance.messages import _
 from resonance.serve.decoder_child import FRAME, PIECE_BYTES, UPLOAD
 from resonance.serve.faults import ServiceError
 from resonance.serve.speech import Decoded, Upload
+from resonance.serve.uploads import upload_too_large
 from resonance.units import MEBIBYTE, SAMPLE_RATE
 
 WRITE_BYTES = 1 << 18
@@ -286,16 +287,6 @@ class _Decoder:
             self.process.kill()
         with contextlib.suppress(OSError):
             await self.process.communicate()  # reads what is left: only then does asyncio let go of the pipe
-
-
-def upload_too_large(name: str, limit: int) -> ServiceError:
-    return ServiceError(
-        413,
-        "upload_too_large",
-        _("{path}: larger than {limit:g} MB.").format(path=name, limit=limit / 1e6),
-        _("Send a compressed format (MP3, M4A, OGG) or a shorter recording."),
-        param="file",
-    )
 
 
 def deadline_passed() -> ServiceError:
