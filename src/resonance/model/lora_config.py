@@ -91,7 +91,7 @@ def read_settings(folder: Path) -> LoraSettings:
         raise AdapterError(
             _("{path}: cannot be read ({reason}).").format(path=path, reason=error.strerror or error)
         ) from error
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, re.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, re.error) as error:
         raise AdapterError(
             _("{path} is damaged: {reason}. Copy the adapter again.").format(path=path, reason=str(error)[:200])
         ) from None
