@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from resonance.languages import LANGUAGES
-from resonance.messages import _
-from resonance.serve.faults import ServiceError
 from resonance.serve.speech import Answer
 from resonance.transcribe.fallback import compression_ratio
 from resonance.transcribe.formats import render
@@ -25,14 +23,6 @@ def voice_of(answer: Answer) -> dict[str, Any]:
     voice = answer.voice
     adapter = voice and {"patient_id": voice.patient, "version": voice.version, "fingerprint": voice.fingerprint}
     return {"adapter": adapter, "base_fingerprint": answer.base_fingerprint}
-
-
-def refuse_unreadable(answer: Answer) -> None:
-    """Raises ServiceError where nothing of the recording could be read."""
-    if answer.result.error is not None and not answer.result.duration:
-        raise ServiceError(
-            400, "audio_unreadable", answer.result.error, _("Send a recording, such as WAV, MP3 or M4A."), param="file"
-        )
 
 
 def transcript(answer: Answer, times: Times, *, confidence: bool) -> dict[str, Any]:

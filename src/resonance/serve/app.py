@@ -17,9 +17,11 @@ from resonance.config_serve import ServeConfig
 from resonance.errors import DataError, ModelError, ResonanceError
 from resonance.messages import _
 from resonance.serve import listen, openapi, routes_health, routes_openai, routes_patients, routes_transcribe
+from resonance.serve.audit import Audited, AuditLog
 from resonance.serve.auth import Auth
 from resonance.serve.faults import ServiceError
 from resonance.serve.fields import shown
+from resonance.serve.origins import OwnPagesOnly
 from resonance.serve.outer import Outer, internal_error, log, where
 from resonance.serve.security_headers import SecurityHeaders
 from resonance.serve.service import Service
@@ -30,7 +32,10 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
-    """The service over HTTP. Its lifespan starts the service, and drains it when the server stops."""
+    """The service over HTTP. Its lifespan starts the service, and drains it when the server stops.
+
+    Raises ConfigError where the audit log cannot be written.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -39,6 +44,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
             yield
         finally:
             await service.drain(config.drain_seconds)
+            record.close()
 
     app = FastAPI(title="Resonance", lifespan=lifespan, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     app.state.service, app.state.auth, app.state.config = service, auth, config
@@ -53,6 +59,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+    record = AuditLog(config.audit_log)
     # The last added is the outermost.
     if config.cors_origins:
         app.add_middleware(
@@ -62,8 +69,10 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After", "X-Resonance-Adapter", "X-Resonance-Base"],
         )
-    app.add_middleware(SecurityHeaders)
+    app.add_middleware(OwnPagesOnly, config=config)
+    app.add_middleware(Audited, log=record)
     app.add_middleware(Outer, count=service.metrics.request)
+    app.add_middleware(SecurityHeaders)
     openapi.describe(app, config)
     return app
 

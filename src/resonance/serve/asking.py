@@ -16,6 +16,8 @@ from resonance.messages import _
 from resonance.serve import openapi
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
+from resonance.serve.patients import check_patient_id
+from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.uploads import Form, ReadingBudget, read_form
 
 if TYPE_CHECKING:
@@ -42,12 +44,28 @@ def caller_of(
 ) -> Caller:
     """Who asks. Raises ServiceError 401 or 429, before any of the body is read."""
     auth: Auth = request.app.state.auth
-    return auth.caller(request.headers.get("authorization"), request.client.host if request.client else "")
+    caller = auth.caller(request.headers.get("authorization"), request.client.host if request.client else "")
+    request.state.account = caller.account  # for the audit log
+    return caller
+
+
+def patient_of(request: Request, given: str) -> str:
+    """A patient's id as it was sent, checked. Raises ServiceError 400 invalid_patient_id."""
+    patient = check_patient_id(given)
+    request.state.patient = patient  # for the audit log
+    return patient
 
 
 # Checked by `check_patient_id`, whose refusals have a code of their own.
 PatientId = Annotated[str, Path(json_schema_extra=openapi.ID)]
 Who = Annotated[Caller, Depends(caller_of)]
+
+
+async def heard(request: Request, asked: SpeechRequest) -> Answer:
+    """The transcript. Raises ServiceError."""
+    answer = await unless_gone(request, service_of(request).transcribe(asked))
+    request.state.audio_seconds = answer.result.duration
+    return answer
 
 
 def deadline(config: ServeConfig) -> float:

@@ -17,7 +17,6 @@ import json
 import time
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,7 +71,6 @@ async def listen(socket: WebSocket) -> None:
     await socket.accept()
     state = socket.app.state
     try:
-        refuse_other_pages(socket, state.config)
         await Session(socket, state.service, state.auth, state.config).run()
         await socket.close()
     except WebSocketDisconnect:
@@ -82,18 +80,6 @@ async def listen(socket: WebSocket) -> None:
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
         await refuse(socket, internal_error())
-
-
-def refuse_other_pages(socket: WebSocket, config: ServeConfig) -> None:
-    """Browsers let every web page open a WebSocket to anywhere: CORS is not asked. They do say which page it is."""
-    origin = socket.headers.get("origin")
-    if origin and origin not in config.cors_origins and urlsplit(origin).netloc != socket.headers.get("host"):
-        raise ServiceError(
-            403,
-            "origin_not_allowed",
-            _("The web page {origin} may not call this service.").format(origin=fields.shown(origin)),
-            _("Name it in --cors_origins."),
-        )
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
@@ -136,8 +122,9 @@ class Session:
             await self.stop_partial()
             await self.socket.send_json(self.done())
         finally:
-            await self.stop_partial()
+            self.socket.state.audio_seconds = self.seconds
             self.audio.close()
+            await self.stop_partial()
 
     async def first_message(self) -> Start:
         try:
@@ -173,6 +160,7 @@ class Session:
             )
         self.patient = self.caller.patient if start.patient_id is None else check_patient_id(start.patient_id)
         self.caller.allow(self.patient)
+        self.socket.state.account, self.socket.state.patient = self.caller.account, self.patient
         # The same words mean the same as in a form.
         given = {
             name: [value]

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi, shapes
-from resonance.serve.asking import Who, config_of, deadline, form_of, service_of, unless_gone
+from resonance.serve.asking import Who, config_of, deadline, form_of, heard, patient_of, service_of, unless_gone
 from resonance.serve.auth import Caller
 from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
@@ -143,12 +143,11 @@ async def answered(request: Request, caller: Caller, task: Literal["transcribe",
             first, rest = await unless_gone(request, first_of(service.stream(asked.speech)))
             sent = events(first, rest, asked.speech.settings.prompt, logprobs=asked.logprobs, tokens=service.tokens)
             return StreamingResponse(sent, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        answer = await unless_gone(request, service.transcribe(asked.speech))
+        answer = await heard(request, asked.speech)
     except ServiceError as error:
         if error.code == "adapter_not_found" and asked.speech.patient == asked.model:
             raise model_not_found(asked.model) from None
         raise
-    answers.refuse_unreadable(answer)
     return rendered(asked, answer, service.tokens)
 
 
@@ -194,7 +193,7 @@ async def read_asked(request: Request, caller: Caller, task: Literal["transcribe
             _("GET /v1/models lists the models."),
             param="model",
         )
-    patient = patient_of(name, given, caller, request)
+    patient = voice_of(name, given, caller, request)
     if fields.text(given, "response_format") == "diarized_json":
         raise fields.wrong(
             "response_format", "diarized_json", _("Speakers are not told apart here."), code="unsupported_value"
@@ -217,7 +216,7 @@ async def read_asked(request: Request, caller: Caller, task: Literal["transcribe
     words = logprobs or "word" in granularities
     times: Times = "word" if words else "segment" if shape in ("srt", "vtt", "verbose_json") else "none"
     settings = DecodeSettings(
-        language_of(given) or config.language,
+        language_of(given),
         task,
         times=times,
         scores=True,
@@ -236,17 +235,17 @@ async def read_asked(request: Request, caller: Caller, task: Literal["transcribe
     return Asked(speech, name, shape, temperature, tuple(granularities), logprobs, stream, task)
 
 
-def patient_of(name: str, given: Fields, caller: Caller, request: Request) -> str | None:
+def voice_of(name: str, given: Fields, caller: Caller, request: Request) -> str | None:
     """Whose adapter `model` means. The base model's names mean the one that `patient_id` names, else the token's own.
 
     Raises ServiceError where the caller may not, or no such model can be.
     """
     named = fields.text(given, "patient_id", longest=100_000)
     if name in base_names(request):
-        patient = caller.patient if named is None else check_patient_id(named)
+        patient = caller.patient if named is None else patient_of(request, named)
     else:
         try:
-            patient = check_patient_id(name)
+            patient = patient_of(request, name)
         except ServiceError:
             raise model_not_found(name) from None
         if named is not None and named != name:
@@ -314,7 +313,7 @@ def _adapters(request: Request, caller: Caller, after: str | None, limit: int) -
 async def model(request: Request, model: str, caller: Who) -> JSONResponse:
     if model in base_names(request):
         return JSONResponse(_model(model))
-    patient = patient_of(model, {}, caller, request)
+    patient = voice_of(model, {}, caller, request)
     store = service_of(request).store
     current = await asyncio.to_thread(store.current, patient) if store and patient else None
     if current is None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from resonance.messages import _
 from resonance.serve import fields, shapes
 from resonance.serve.archives import unpack
-from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, service_of
+from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, patient_of, service_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import refuse_unless_ready
@@ -77,7 +77,7 @@ async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]
     responses=_responses(200, "All versions, and which answers."),
 )
 async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
-    patient = check_patient_id(patient_id)
+    patient = patient_of(request, patient_id)
     caller.allow(patient)
     versions = await asyncio.to_thread(store_of(request).versions, patient)
     if not versions:
@@ -97,7 +97,7 @@ async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONR
 async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
     model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
-    patient = check_patient_id(patient_id)
+    patient = patient_of(request, patient_id)
     caller.allow_manage()
     store_of(request)
     config, service = config_of(request), service_of(request)
@@ -127,7 +127,7 @@ async def roll_back(
     request: Request, patient_id: PatientId, caller: Who, wanted: Rollback | None = None
 ) -> JSONResponse:
     """Without a version, the one before."""
-    patient = check_patient_id(patient_id)
+    patient = patient_of(request, patient_id)
     caller.allow_manage()
     store_of(request)
     version = wanted.version if wanted else None
@@ -141,7 +141,7 @@ async def roll_back(
     responses=_responses(200, "Nothing of it is left."),
 )
 async def delete_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
-    patient = check_patient_id(patient_id)
+    patient = patient_of(request, patient_id)
     caller.allow_manage()
     store_of(request)
     await service_of(request).delete_adapter(patient)

@@ -10,10 +10,9 @@ from fastapi.responses import JSONResponse
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi
-from resonance.serve.asking import PatientId, Who, config_of, deadline, form_of, service_of, unless_gone
+from resonance.serve.asking import PatientId, Who, config_of, deadline, form_of, heard, patient_of
 from resonance.serve.auth import Caller
 from resonance.serve.fields import Fields
-from resonance.serve.patients import check_patient_id
 from resonance.serve.shapes import IDS, Transcript, refusals
 from resonance.serve.speech import SpeechRequest
 from resonance.transcribe.recognizer import DecodeSettings, Times
@@ -96,7 +95,7 @@ async def transcribe(request: Request, caller: Who) -> JSONResponse:
     openapi_extra=openapi.form({name: schema for name, schema in FIELDS.items() if name != "patient_id"}, "file"),
 )
 async def transcribe_patient(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
-    patient = check_patient_id(patient_id)
+    patient = patient_of(request, patient_id)
     caller.allow(patient)
     return await answered(request, caller, patient)
 
@@ -109,7 +108,7 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
     given = form.fields
     fields.only_known(given, [name for name in FIELDS if patient is None or name != "patient_id"])
     if patient is None:
-        patient = patient_asked(given, caller)
+        patient = patient_asked(request, given, caller)
     settings = settings_of(given, config)
     confidence = fields.flag(given, "confidence", False)
     skip = fields.flag(given, "skip_nonspeech", True)
@@ -123,15 +122,14 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
         account=caller.account,
         deadline=until,
     )
-    answer = await unless_gone(request, service_of(request).transcribe(asked))
-    answers.refuse_unreadable(answer)
+    answer = await heard(request, asked)
     return JSONResponse(answers.transcript(answer, settings.times, confidence=confidence))
 
 
-def patient_asked(given: Fields, caller: Who) -> str | None:
+def patient_asked(request: Request, given: Fields, caller: Who) -> str | None:
     """Whose model is to answer: the one named, else the token's own. Raises ServiceError where the caller may not."""
     named = fields.text(given, "patient_id", longest=100_000)
-    patient = caller.patient if named is None else check_patient_id(named)
+    patient = caller.patient if named is None else patient_of(request, named)
     caller.allow(patient)
     return patient
 
@@ -148,7 +146,7 @@ def settings_of(given: Fields, config: ServeConfig) -> DecodeSettings:
     """How to decode, as the form says."""
     task = fields.choice(given, "task", ("transcribe", "translate"), "")
     return DecodeSettings(
-        fields.language(given) or config.language,
+        fields.language(given),
         None if not task else "translate" if task == "translate" else "transcribe",
         fields.whole(given, "num_beams", 1, config.max_beams, 1),
         times_of(given),
