@@ -75,6 +75,7 @@ class Replica:
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         self.config = config
+        self.held: set[str] = set()  # whose adapters have been asked for here
         self.name = uuid.uuid4().hex[:8]
         self.service: Service = create_service(config)
         await self.service.start()
@@ -96,9 +97,11 @@ class Replica:
         return self.name, content
 
     async def changed(self, patient: str) -> None:
-        """Another copy has changed the person's adapter."""
+        """The person's adapter is another now. Read before this returns, it answers whoever asks afterwards."""
         if self.service.pool is not None:
             self.service.pool.changed(patient)
+            if patient in self.held:
+                await self.announce(patient)
 
     async def transcribe(self, request: SpeechRequest, seconds: float) -> Answer | Refusal | Mistake:
         """`seconds`: left until the deadline, whatever clock that was on."""
@@ -144,6 +147,7 @@ class Replica:
         with contextlib.suppress(ServiceError):
             pool = self.service.pool
             pool.release(await asyncio.to_thread(pool.acquire, patient))
+            self.held.add(patient)
             await self.hold(patient)
 
     async def hold(self, patient: str) -> str:
