@@ -111,7 +111,15 @@ def test_a_wrong_expired_or_revoked_token_is_401_with_the_same_words(
     _token, gone = file.create("gone", "admin")
     assert guard.caller(f"Bearer {gone}", "192.0.2.1").admin
     file.revoke("gone")
-    headers = [f"Bearer {old}", f"Bearer {gone}", "Bearer", "Bearer x", f"Basic {gone}", gone, "Bearer " + "x" * 100_000]
+    headers = [
+        f"Bearer {old}",
+        f"Bearer {gone}",
+        "Bearer",
+        "Bearer x",
+        f"Basic {gone}",
+        gone,
+        "Bearer " + "x" * 100_000,
+    ]
     faults = [fault_of(guard, header) for header in headers]
     assert {(fault.status, fault.code, fault.message) for fault in faults} == {
         (401, "token_invalid", "The token is not valid.")

@@ -417,7 +417,9 @@ def test_a_damaged_file_is_read_or_refused_and_breaks_nothing(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    start=st.sampled_from([b"RIFF", b"fLaC", b"OggS", b"\x1aE\xdf\xa3", b"ID3", b"\0\0\0\x18ftypM4A ", b"#EXTM3U\n", b""]),
+    start=st.sampled_from(
+        [b"RIFF", b"fLaC", b"OggS", b"\x1aE\xdf\xa3", b"ID3", b"\0\0\0\x18ftypM4A ", b"#EXTM3U\n", b""]
+    ),
     rest=st.binary(min_size=1, max_size=300),
 )
 def test_bytes_that_only_begin_like_sound_are_refused(pool: Pool, start: bytes, rest: bytes) -> None:

@@ -228,9 +228,7 @@ def test_all_requests_together_hold_no_more_than_the_budget() -> None:
             return (body[i : i + 5_000] for i in range(0, len(body), 5_000))
 
         asked = [request(pieces(), pause=0.001) for _ in range(2)]
-        reading = (
-            read_form(one, max_file_bytes=LIMIT, deadline=time.monotonic() + 20, budget=budget) for one in asked
-        )
+        reading = (read_form(one, max_file_bytes=LIMIT, deadline=time.monotonic() + 20, budget=budget) for one in asked)
         return await asyncio.gather(*reading, return_exceptions=True)
 
     refused, taken = sorted(asyncio.run(both()), key=lambda found: isinstance(found, Form))
@@ -293,7 +291,9 @@ def test_no_name_breaks_a_line_or_hides(name: str) -> None:
         ).map(b"".join),
     ),
     step=st.integers(1, 50),
-    content_type=st.sampled_from([MULTIPART, "application/x-www-form-urlencoded", "multipart/form-data; boundary=\xff"]),
+    content_type=st.sampled_from(
+        [MULTIPART, "application/x-www-form-urlencoded", "multipart/form-data; boundary=\xff"]
+    ),
 )
 def test_any_body_is_a_form_or_is_refused(body: bytes, step: int, content_type: str) -> None:
     try:
