@@ -373,6 +373,7 @@ def test_a_decoder_sees_no_secret_writes_no_file_and_loads_no_torch(monkeypatch:
         limits = {line[:26].strip(): line[26:].split()[:2] for line in (process / "limits").read_text().splitlines()}
         assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
         assert int(limits["Max address space"][0]) < 300_000_000 + MEMORY
+        assert limits["Max cpu time"][0].isdigit()  # of the upload before
         assert (process / "oom_score_adj").read_text() == "1000\n"
     finally:
         pool.close()
