@@ -18,10 +18,12 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_token_is_shown_once_and_then_only_its_beginning(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["token", "create", "--name", "phone", "--patient", "anna"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    [secret] = [line for line in said if line.startswith("rsn_")]
+    printed = capsys.readouterr()
+    secret = printed.out.rstrip("\n")  # alone, so that a script can take it
+    said = printed.err.splitlines()
     assert "phone" in said[0] and "anna" in said[0]
     assert "not stored" in said[-1]
+    assert secret not in printed.err
     token = TokenFile(path).find(secret)
     assert token and (token.scope, token.patient) == ("patient", "anna")
     assert run(["token", "list"]) == 0
@@ -39,7 +41,7 @@ def test_the_flags_say_what_a_token_is_for(path: Path, flags: list[str], scope: 
 
 def test_a_revoked_token_stays_in_the_list_as_such(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(["token", "create", "--name", "visit", "--admin", "--days", "3"])
-    secret = capsys.readouterr().out.splitlines()[1]
+    secret = capsys.readouterr().out.strip()
     run(["token", "list"])
     assert "; until " in capsys.readouterr().out
     assert run(["token", "revoke", "visit"]) == 0

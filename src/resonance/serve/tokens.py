@@ -166,14 +166,16 @@ class TokenFile:
         """The tokens, for a change that is written when the block ends without an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_SECONDS):
+            lock = self.path.with_name(f".{self.path.name}.lock")
+            with FileLock(lock, timeout=LOCK_SECONDS):
                 tokens = self.tokens()
                 yield tokens
                 owner = (self.path if self.path.exists() else self.path.parent).stat()
                 text = json.dumps({"tokens": [asdict(token) for token in tokens]}, indent=1, ensure_ascii=False)
                 write_text_atomic(self.path, [text, "\n"], mode=0o600)
                 if os.name == "posix" and os.geteuid() == 0:  # else the service of another user could not read it
-                    os.chown(self.path, owner.st_uid, owner.st_gid)
+                    for path in (self.path, lock):
+                        os.chown(path, owner.st_uid, owner.st_gid)
         except Timeout:
             raise ConfigError(
                 [_("{path}: another program is changing it. Try again in a moment.").format(path=self.path)]
