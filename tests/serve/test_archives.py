@@ -118,7 +118,7 @@ def test_a_name_that_is_cut_off_at_a_null_character_is_refused(folder: Path) -> 
     ids=["case", "composed", "file and folder"],
 )
 def test_two_files_of_one_name_are_refused(folder: Path, names: tuple[str, str]) -> None:
-    assert refusal(packed({name: b"{}" for name in names}), folder).code == "archive_refused"
+    assert refusal(packed(dict.fromkeys(names, b"{}")), folder).code == "archive_refused"
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import os
 import signal
@@ -95,6 +96,7 @@ def written(audio: np.ndarray, form: str = "WAV", rate: int = 16_000, subtype: s
     return memory.getvalue()
 
 
+@functools.cache
 def silent_flac(seconds: int, channels: int = 1, rate: int = 16_000) -> bytes:
     memory = io.BytesIO()
     block = np.zeros((rate * 10, channels), np.int16)
@@ -297,6 +299,23 @@ def test_waiting_ends_at_the_deadline_and_only_so_many_wait() -> None:
     asyncio.run(main())
 
 
+def test_a_service_that_stops_waits_for_no_upload() -> None:
+    heavy = Upload(silent_flac(50, channels=8, rate=96_000), "heavy.flac")
+
+    async def main() -> None:
+        decoder = decoder_of()
+        await decoder.start()
+        tasks = [asyncio.create_task(decoder.decode(heavy, time.monotonic() + 50)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await decoder.close()
+        with pytest.raises(ServiceError) as refused:
+            await decoder.decode(heavy, time.monotonic() + 50)
+        for fault in [refused.value, *await asyncio.gather(*tasks, return_exceptions=True)]:
+            assert isinstance(fault, ServiceError) and (fault.status, fault.code) == (503, "stopping")
+
+    asyncio.run(main())
+
+
 def test_as_many_as_wait_are_answered_in_turn_each_with_its_own() -> None:
     async def main() -> None:
         decoder = decoder_of(workers=2)
@@ -354,6 +373,8 @@ def test_a_decoder_sees_no_secret_writes_no_file_and_loads_no_torch(monkeypatch:
         limits = {line[:26].strip(): line[26:].split()[:2] for line in (process / "limits").read_text().splitlines()}
         assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
         assert int(limits["Max address space"][0]) < 300_000_000 + MEMORY
+        assert limits["Max cpu time"][0].isdigit()  # of the upload before
+        assert (process / "oom_score_adj").read_text() == "1000\n"
     finally:
         pool.close()
 

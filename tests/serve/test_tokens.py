@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import threading
 from datetime import datetime, timedelta, timezone
@@ -200,6 +201,17 @@ def test_a_file_that_others_may_write_is_refused(file: TokenFile) -> None:
         file.tokens()
     file.path.chmod(0o440)  # of a Kubernetes secret
     assert len(file.tokens()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_writes_belongs_to_whom_the_folder_belongs(file: TokenFile) -> None:
+    file.path.parent.mkdir()
+    os.chown(file.path.parent, 12345, 12345)
+    file.create("phone", "all")
+    assert {path.stat().st_uid for path in file.path.parent.iterdir()} == {12345}
+    os.chown(file.path, 4321, 4321)
+    file.create("nurse", "all")
+    assert file.path.stat().st_uid == 4321
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from resonance.serve.speech import Decoded, Upload
 from resonance.serve.uploads import upload_too_large
 from resonance.units import MEBIBYTE, SAMPLE_RATE
 
+CRASHES = {-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")} - {0}
 WRITE_BYTES = 1 << 18
 START_SECONDS = 60.0  # of a decoder process; it takes 0.3 s on an idle machine
 UPLOADS_PER_PROCESS = 500  # then a fresh one: what libraries leak never counts against an upload
@@ -74,6 +75,7 @@ class AudioDecoder:
         self._arguments = [str(max_seconds), str(decode_seconds), str(memory_bytes)]
         self._idle: list[_Decoder | None] = [None] * workers  # None: a place whose process is not started
         self._line: deque[asyncio.Future[_Decoder | None]] = deque()
+        self._busy: set[_Decoder] = set()
         self._waiting_bytes = 0
         self._chores: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -86,7 +88,7 @@ class AudioDecoder:
     async def close(self) -> None:
         """End all processes. Uploads that are being decoded are refused."""
         self._closed = True
-        for decoder in self._idle:
+        for decoder in [*self._idle, *self._busy]:
             if decoder:
                 self._later(decoder.end())
         self._idle = []
@@ -106,11 +108,14 @@ class AudioDecoder:
             raise _empty(_("{path}: the file is empty (0 bytes).").format(path=upload.name))
         if len(upload.data) > self._max_upload_bytes:
             raise upload_too_large(upload.name, self._max_upload_bytes)
+        if time.monotonic() >= deadline:
+            raise deadline_passed()
         decoder = await self._place(len(upload.data), deadline)
         whole = False
         try:
             if decoder is None or not decoder.alive:
                 decoder = await self._started()
+            self._busy.add(decoder)
             allowed = min(self._decode_seconds, deadline - time.monotonic())
             try:
                 samples, outcome, message = await asyncio.wait_for(decoder.decode(upload, self._max_samples), allowed)
@@ -118,10 +123,14 @@ class AudioDecoder:
                 raise (_demanding(upload) if allowed == self._decode_seconds else deadline_passed()) from None
             except (OSError, EOFError, ValueError):
                 await decoder.end()
-                crashed = decoder.process.returncode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+                if self._closed:
+                    raise _stopping() from None
+                crashed = decoder.process.returncode in CRASHES
                 raise (_unreadable(_damaged(upload)) if crashed else _demanding(upload)) from None
             whole = True
         finally:
+            if decoder:
+                self._busy.discard(decoder)
             self._give_back(decoder, whole)
         return self._answer(upload, samples, outcome, message)
 

@@ -44,7 +44,7 @@ def main(max_seconds: float, decode_seconds: float, memory_bytes: int) -> None:
         name, data = requests.read(name_bytes).decode(), requests.read(data_bytes)
         _limit_time(decode_seconds)
         outcome, message = _decode(name, data, max_seconds, answers)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _wait_without_limit()
         _send(answers, b"e", json.dumps({"outcome": outcome, "message": message}).encode())
 
 
@@ -91,6 +91,8 @@ def _confine(memory_bytes: int) -> None:
     if status.exists():  # Linux; macOS does not heed the limit
         used = int(status.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+        # When the machine's memory ends, this process ends and not the one that holds the model.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -104,6 +106,11 @@ def _limit_time(seconds: float) -> None:
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, hard))
     signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)
+
+
+def _wait_without_limit() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
