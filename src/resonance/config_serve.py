@@ -81,6 +81,8 @@ class ServeConfig(BaseModel):
     """Processes that decode uploaded audio."""
     decode_seconds: float = Field(20.0, gt=0)
     """Time for decoding one recording."""
+    temperature_increment_on_fallback: float = Field(0.2, ge=0, le=1)
+    """Temperature added each time a text is decoded again, up to 1. 0 decodes once."""
     max_beams: int = Field(5, ge=1, le=64)
     """Most beams that a request may ask for."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from resonance.cli import run
 from resonance.config_io import from_mapping
@@ -44,20 +45,20 @@ Pair = tuple[TorchRecognizer, Ct2Recognizer]
 @pytest.fixture(scope="module")
 def both(openai_shaped: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("ct2") / "model"
-    torch = load_recognizer(str(openai_shaped), device="cpu", audio_context="auto")
-    write_ctranslate2(folder, torch.whisper, "float32")
+    pytorch = load_recognizer(str(openai_shaped), device="cpu", audio_context="auto")
+    write_ctranslate2(folder, pytorch.whisper, "float32")
     ct2 = load_ct2_recognizer(str(folder), device="cpu", audio_context="auto")
-    return torch, replace(ct2, writes_timestamps=False)
+    return pytorch, replace(ct2, writes_timestamps=False)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The model that comes with the package: small, it follows what is said, and writes times."""
     folder = tmp_path_factory.mktemp("ct2") / "nano"
-    torch = load_recognizer("resonance/nano", device="cpu")
-    write_ctranslate2(folder, torch.whisper, "float32")
+    pytorch = load_recognizer("resonance/nano", device="cpu")
+    write_ctranslate2(folder, pytorch.whisper, "float32")
     ct2 = load_ct2_recognizer(str(folder), device="cpu", audio_context="auto")
-    return torch, replace(ct2, context=torch.context)
+    return pytorch, replace(ct2, context=pytorch.context)
 
 
 @pytest.mark.parametrize("language", [None, "en", "zh"])
@@ -78,7 +79,7 @@ def test_texts_languages_and_scores_are_the_same(language: str | None, both: Pai
 def test_a_trained_model_s_texts_scores_and_word_times_are_the_same(
     timed: bool, trained: Pair, clips: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_engine, "writes_timestamps", lambda *args: timed)
+    monkeypatch.setattr(torch_engine, "timestamp_share", lambda *args: torch.tensor(float(timed)))
     pair = trained[0], replace(trained[1], writes_timestamps=timed)
     wanted, found = (r.transcribe(clips, DecodeSettings("en", times="word")) for r in pair)
     assert [t.timed for t in found] == [timed] * len(clips)

@@ -220,10 +220,15 @@ def batch_features(
     known = [clip for clip in clips if isinstance(clip, Features)]
     if known:
         return padded(known, frames)
+    return features_at([clip for clip in clips if not isinstance(clip, Features)], positions, n_mels)
+
+
+def features_at(clips: Sequence[np.ndarray], positions: int, n_mels: int) -> torch.Tensor:
+    """Clips float32 [samples] each, padded or cut to encoder positions: float32 [batch, n_mels, 2 * positions]."""
     samples = np.zeros((len(clips), positions * SAMPLES_PER_POSITION), dtype=np.float32)
     for row, clip in zip(samples, clips, strict=True):
         row[: len(clip)] = clip[: len(row)]
-    return log_mel(torch.from_numpy(samples), frames, n_mels)
+    return log_mel(torch.from_numpy(samples), positions * FRAMES_PER_POSITION, n_mels)
 
 
 def samples_of(clip: np.ndarray | Features) -> int:

@@ -7,6 +7,7 @@ ended. A token takes 0.89 to 0.95 of the time on one core with a model of whispe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.logits_process import LogitsProcessorList, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from resonance.model.mixing import keep_rows
 from resonance.transcribe.fallback import Decoded
 from resonance.units import TIMESTAMP_STEP_SECONDS
 
@@ -26,6 +28,14 @@ LOGIT_ROWS = 512
 
 # What changes scores [rows, vocabulary] given the ids so far [rows, tokens], prompt included, as transformers' processors do.
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Puts the adapters of some rows of a batch in place for as long as its block lasts.
+Speaking = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
+def one_voice(_rows: Sequence[int]) -> AbstractContextManager[None]:
+    """All rows go through the same adapter, which is in place."""
+    return nullcontext()
 
 
 class Decoder:
@@ -73,6 +83,7 @@ class Decoder:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
+        keep_rows(self.whisper, rows)
         self.kept = [(keys[rows], values[rows]) for keys, values in self.kept]
         self.heard = [(keys[rows], values[rows]) for keys, values in self.heard]
 

@@ -25,6 +25,7 @@ from resonance.data.textfile import lines, read_text
 from resonance.data.tokens import LabelTokenizer
 from resonance.errors import DataError
 from resonance.messages import _
+from resonance.transcribe.decoding import Speaking, one_voice
 
 if TYPE_CHECKING:
     from opencc import OpenCC
@@ -333,11 +334,12 @@ def apply(
     free: Sequence[tuple[str, Sequence[int]]],
     tokenizer: LabelTokenizer,
     help: PhraseHelp,
+    speaking: Speaking = one_voice,
 ) -> list[PhraseChoice]:
     """What each clip is, given the phrases and what was decoded without them.
 
-    whisper: WhisperForConditionalGeneration with its adapters in place; hidden: encoder output [rows, positions, d_model];
-    free: text and tokens of each row, times and special tokens among them or not.
+    whisper: WhisperForConditionalGeneration; hidden: encoder output [rows, positions, d_model]; free: text and tokens of each
+    row, times and special tokens among them or not; speaking: puts the adapters of some of the rows in place.
     """
     end = end_of_text(whisper)
     if not help.weight and not help.only:
@@ -352,8 +354,10 @@ def apply(
             rows = same[first : first + ROWS_AT_ONCE]
             texts = [[token for token in free[i][1] if token < end] for i in rows]
             states = hidden[rows]
-            means = mean_log_probs(whisper, states, prompt, texts)
-            for i, ids, mean, found in zip(rows, texts, means, search(whisper, states, prompt, trie), strict=True):
+            with speaking(rows):
+                means = mean_log_probs(whisper, states, prompt, texts)
+                nearest = search(whisper, states, prompt, trie)
+            for i, ids, mean, found in zip(rows, texts, means, nearest, strict=True):
                 number, score = choose(
                     {n: f.mean_log_prob for n, f in found.items()}, mean, help.by_key.get(spoken(free[i][0])), help
                 )

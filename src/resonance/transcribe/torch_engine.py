@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +13,16 @@ import torch
 
 from resonance.data.audio_context import AudioContext
 from resonance.data.batches import batch_features
-from resonance.data.tokens import LabelTokenizer
 from resonance.errors import ModelError
 from resonance.messages import _
 from resonance.model import adapters
 from resonance.model.builtin import folder_of
 from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora import quiet_peft
-from resonance.transcribe import clip_lengths, phrases
-from resonance.transcribe.decoding import Decoder, encode, generate, score, unwrap
-from resonance.transcribe.fallback import Decoded, Judged, judge, with_fallback
-from resonance.transcribe.phrases import PhraseChoice
+from resonance.transcribe import clip_lengths
+from resonance.transcribe.answers import WRITES_TIMES, Heard, answers, detect_languages, timestamp_share
+from resonance.transcribe.decoding import encode, unwrap
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
-from resonance.transcribe.segments import text_of, transcripts
-from resonance.transcribe.word_times import token_starts
 from resonance.units import SAMPLE_RATE, WINDOW_POSITIONS
 
 
@@ -59,71 +55,17 @@ class TorchRecognizer:
         if not clips:
             return []
         features = batch_features(clips, self.context, self.whisper.n_mels)
-        model = unwrap(self.whisper.model)
         with torch.inference_mode():
-            hidden = encode(model, features)
-            languages = self._languages(hidden, settings)
-            tokenizer = LabelTokenizer(
-                self.whisper.tokenizer,
-                self.whisper.multilingual,
-                None,
+            hidden = encode(unwrap(self.whisper.model), features)
+            heard = Heard(
+                self.whisper,
+                hidden,
+                [len(clip) / SAMPLE_RATE for clip in clips],
+                self._languages(hidden, settings),
                 settings.task or (self.info.task if self.info else "transcribe"),
-                self.whisper.max_label_tokens,
             )
-            before = tokenizer.previous(settings.prompt)
-            prompts = [[*before, *tokenizer.prompt(language)] for language in languages]
-            first = tokenizer.find("<|0.00|>") if settings.times != "none" else None
-            timed = (
-                first is not None
-                and not settings.phrases
-                and getattr(model.generation_config, "no_timestamps_token_id", None) is not None
-                and writes_timestamps(model, hidden, [prompt[:-1] for prompt in prompts], first)
-            )
-            asked = [prompt[:-1] for prompt in prompts] if timed else prompts
-            found = self._decode(model, hidden, asked, settings, timed)
-            chosen: list[PhraseChoice] = []
-            if settings.phrases:
-                written = [(judged.text, judged.decoded.ids) for judged in found]
-                chosen = phrases.apply(model, hidden, languages, written, tokenizer, settings.phrases)
-                found = with_phrases(model, hidden, prompts, found, chosen, settings)
-            seconds = [len(clip) / SAMPLE_RATE for clip in clips]
-
-            def starts(rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[list[float]]:
-                index = torch.tensor(list(rows), device=hidden.device)
-                lengths = [seconds[row] for row in rows]
-                return token_starts(model, hidden[index], [prompts[row] for row in rows], texts, lengths)
-
-            answers = transcripts(
-                found, self.whisper.tokenizer, languages, seconds, settings.times, timed, first, starts
-            )
-        if chosen:
-            return [
-                replace(answer, phrase=choice.phrase, phrase_score=choice.score)
-                for answer, choice in zip(answers, chosen, strict=True)
-            ]
-        return answers
-
-    def _decode(
-        self, model: Any, hidden: torch.Tensor, prompts: list[list[int]], settings: DecodeSettings, timed: bool
-    ) -> list[Judged]:
-        def attempt(rows: Sequence[int], temperature: float) -> list[Decoded]:
-            some = hidden if len(rows) == len(hidden) else hidden[torch.tensor(list(rows), device=hidden.device)]
-            return generate(
-                model,
-                some,
-                [prompts[row] for row in rows],
-                num_beams=settings.num_beams,
-                timestamps=timed,
-                temperature=temperature,
-                max_new_tokens=settings.max_new_tokens,
-                scores=settings.scores or settings.times != "none" or len(settings.temperatures) > 1,
-            )
-
-        return with_fallback(attempt, self._text, len(hidden), settings)
-
-    def _text(self, decoded: Decoded) -> str:
-        """Timestamps left out, which are not special tokens in OpenAI's tokenizers."""
-        return text_of(self.whisper.tokenizer, decoded.ids)
+            share = timestamp_share(heard, settings)
+            return answers(heard, settings, timed=share is not None and bool(share.median() > WRITES_TIMES))
 
     def _languages(self, hidden: torch.Tensor, settings: DecodeSettings) -> list[str | None]:
         language = settings.language or (self.info.language if self.info else None)
@@ -150,55 +92,6 @@ class TorchRecognizer:
                 yield
         finally:
             self.context, self.info = tuned
-
-
-def with_phrases(
-    model: Any,
-    hidden: torch.Tensor,
-    prompts: Sequence[Sequence[int]],
-    found: Sequence[Judged],
-    chosen: Sequence[PhraseChoice],
-    settings: DecodeSettings,
-) -> list[Judged]:
-    """What was written freely, with the phrase that was chosen in its place, and the probability that the model gives that."""
-    rows = [row for row, choice in enumerate(chosen) if choice.text != found[row].text]
-    if not rows:
-        return list(found)
-    index = torch.tensor(rows, device=hidden.device)
-    scored = score(model, hidden[index], [prompts[row] for row in rows], [chosen[row].ids for row in rows])
-    answers = list(found)
-    for row, decoded in zip(rows, scored, strict=True):
-        answers[row] = judge(decoded, chosen[row].text, settings)
-    return answers
-
-
-def writes_timestamps(model: Any, hidden: torch.Tensor, prompts: Sequence[Sequence[int]], first: int) -> bool:
-    """Whether the model, asked for times, would begin with one, for most rows of hidden [batch, positions, d_model].
-
-    Trained on texts without times a model forgets them. Forced to write times it then writes noise between them.
-    `first`: the id of `<|0.00|>`.
-    """
-    prompt = torch.tensor(prompts, device=hidden.device)
-    decoder = Decoder(model, hidden, prompt.shape[1])
-    share = decoder.logits(decoder(prompt)[:, -1]).softmax(dim=-1)[:, first:].sum(dim=-1)  # [batch]
-    return bool(share.median() > 0.1)
-
-
-def detect_languages(whisper: Whisper, hidden: torch.Tensor) -> list[str]:
-    """The most probable language of each row of encoder output [batch, positions, d_model]."""
-    model = unwrap(whisper.model)
-    table: dict[str, int] | None = getattr(model.generation_config, "lang_to_id", None)
-    if not table:
-        raise ModelError(
-            _("{name} does not say which languages it knows, so none can be found out. Give --language.").format(
-                name=whisper.name
-            )
-        )
-    tokens, ids = list(table), torch.tensor(list(table.values()), device=hidden.device)
-    start = torch.full((len(hidden), 1), model.generation_config.decoder_start_token_id, device=hidden.device)
-    decoder = Decoder(model, hidden, 1)
-    logits = decoder.logits(decoder(start)[:, -1])
-    return [tokens[i].strip("<|>") for i in logits[:, ids].argmax(dim=-1).tolist()]
 
 
 def load_recognizer(

@@ -1,0 +1,207 @@
+"""The PyTorch engine for many people: a batch in which every row has its own adapter, language, prompt and beams.
+
+What a row becomes does not depend on the others: all of a batch have the audio context that each would have alone, and
+nothing is decided by vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from resonance.data.audio_context import AudioContext
+from resonance.data.batches import features_at
+from resonance.errors import DataError, ModelError
+from resonance.messages import _
+from resonance.model import adapters
+from resonance.model.builtin import folder_of
+from resonance.model.load import Whisper, choose_device, load_whisper
+from resonance.model.lora_weights import LoadedAdapter
+from resonance.model.mixing import Mixture, make_mixable
+from resonance.transcribe import clip_lengths
+from resonance.transcribe.answers import WRITES_TIMES, Heard, answers, detect_languages, timestamp_share
+from resonance.transcribe.decoding import encode
+from resonance.transcribe.recognizer import DecodeSettings, Transcript
+from resonance.units import SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One clip to transcribe."""
+
+    audio: np.ndarray  # float32 [samples] at 16 kHz
+    adapter: LoadedAdapter | None  # None: the base model
+    settings: DecodeSettings
+
+
+@dataclass(slots=True)
+class MixedRecognizer:
+    """A Whisper checkpoint whose batches may mix adapters. Belongs to one thread, but for what only asks."""
+
+    whisper: Whisper
+    mixture: Mixture
+    linear_shapes: dict[str, tuple[int, int]]  # what an adapter may update: name to (in, out)
+    base_info: adapters.Info | None = None  # of a base that was itself tuned by Resonance; None: a stock model
+
+    @property
+    def name(self) -> str:
+        return self.whisper.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base model's weights."""
+        return self.whisper.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.whisper.model.device
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.whisper.model.dtype
+        return found
+
+    def positions(self, samples: int, adapter: LoadedAdapter | None) -> int:
+        """Encoder positions for a clip of so many samples at 16 kHz. Only clips of equal positions share a batch."""
+        return self._context(adapter).positions(samples / SAMPLE_RATE)
+
+    def best_clip_seconds(self, adapter: LoadedAdapter | None) -> float:
+        """The longest clip that is decoded well at once."""
+        return clip_lengths.best_clip_seconds(self._info(adapter), self._context(adapter))
+
+    def personal(self, adapter: LoadedAdapter | None) -> bool:
+        """Whether it was tuned for somebody whom a voice-activity detector may not hear."""
+        return self._info(adapter) is not None
+
+    def check(self, settings: DecodeSettings, adapter: LoadedAdapter | None) -> None:
+        """Raise DataError or ModelError for settings that no clip can be decoded with: an unknown language, a phrase that
+        is too long for the model."""
+        task, language = self._task(settings, adapter), self._language(settings, adapter)
+        if not self.whisper.multilingual and (task == "translate" or language not in (None, "en")):
+            raise DataError(
+                _("{name} understands English only, and writes it as it is said. Serve a multilingual model.").format(
+                    name=self.name
+                )
+            )
+        tokenizer = Heard(self.whisper, torch.empty(0), [], [], task).tokenizer
+        tokenizer.prompt(language)
+        if settings.phrases:
+            settings.phrases.trie(tokenizer, language)
+        detects = getattr(self.whisper.model.generation_config, "lang_to_id", None) or not self.whisper.multilingual
+        if language is None and not detects:
+            raise ModelError(
+                _("{name} cannot tell which language is spoken. Say it with the request.").format(name=self.name)
+            )
+
+    def transcribe(self, rows: Sequence[Row]) -> list[Transcript]:
+        """Transcripts in the order of the rows, whose `positions` must be equal."""
+        if not rows:
+            return []
+        # Next to each other, rows of the same adapter go through it together.
+        order = sorted(range(len(rows)), key=lambda i: id(rows[i].adapter))
+        found = self._transcribe([rows[i] for i in order])
+        return [found[order.index(i)] for i in range(len(rows))]
+
+    def _transcribe(self, rows: list[Row]) -> list[Transcript]:
+        (positions,) = {self.positions(len(row.audio), row.adapter) for row in rows}
+        voices = [row.adapter for row in rows]
+        seconds = [len(row.audio) / SAMPLE_RATE for row in rows]
+        features = features_at([row.audio for row in rows], positions, self.whisper.n_mels)
+        found: dict[int, Transcript] = {}
+        with torch.inference_mode():
+            with self.mixture.speaking(voices):
+                hidden = encode(self.whisper.model, features)
+            languages = self._languages(hidden, rows)
+
+            def heard(some: Sequence[int], task: str) -> Heard:
+                index = torch.tensor(list(some), device=hidden.device)
+
+                def speaking(part: Sequence[int]) -> AbstractContextManager[None]:
+                    return self.mixture.speaking([voices[some[i]] for i in part])
+
+                return Heard(
+                    self.whisper,
+                    hidden[index],
+                    [seconds[i] for i in some],
+                    [languages[i] for i in some],
+                    task,
+                    speaking,
+                )
+
+            for (settings, task), same in grouped(self._how(row) for row in rows).items():
+                share = timestamp_share(heard(same, task), settings)
+                writes = [False] * len(same) if share is None else (share > WRITES_TIMES).tolist()
+                for timed in (False, True):
+                    some = [row for row, its in zip(same, writes, strict=True) if its == timed]
+                    if some:
+                        found.update(zip(some, answers(heard(some, task), settings, timed=timed), strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def _how(self, row: Row) -> tuple[DecodeSettings, str]:
+        """What rows that are decoded in one go have in common. Languages are in the prompts, which are equally long."""
+        return replace(row.settings, language=None, task=None), self._task(row.settings, row.adapter)
+
+    def _languages(self, hidden: torch.Tensor, rows: Sequence[Row]) -> list[str | None]:
+        """Of each row, found out with its own adapter where nobody says it."""
+        if not self.whisper.multilingual:
+            return [None] * len(rows)
+        languages = [self._language(row.settings, row.adapter) for row in rows]
+        unknown = [i for i, language in enumerate(languages) if language is None]
+        if unknown:
+            with self.mixture.speaking([rows[i].adapter for i in unknown]):
+                index = torch.tensor(unknown, device=hidden.device)
+                for i, language in zip(unknown, detect_languages(self.whisper, hidden[index]), strict=True):
+                    languages[i] = language
+        return languages
+
+    def _info(self, adapter: LoadedAdapter | None) -> adapters.Info | None:
+        return adapter.info if adapter else self.base_info
+
+    def _context(self, adapter: LoadedAdapter | None) -> AudioContext:
+        return clip_lengths.choose_context(self._info(adapter), None, self.whisper.window_positions)
+
+    def _language(self, settings: DecodeSettings, adapter: LoadedAdapter | None) -> str | None:
+        info = self._info(adapter)
+        return settings.language or (info.language if info else None)
+
+    def _task(self, settings: DecodeSettings, adapter: LoadedAdapter | None) -> str:
+        info = self._info(adapter)
+        return settings.task or (info.task if info else "transcribe")
+
+
+def grouped(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """The indices of equal keys together, in the order in which they first come."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups
+
+
+def load_mixed(
+    model: str, *, device: Literal["auto", "cuda", "cpu"] = "auto", cache_dir: Path | None = None
+) -> MixedRecognizer:
+    """A Whisper checkpoint by folder or hub name, or a model that was fully fine-tuned.
+
+    Raises ModelError for an adapter, which belongs into the folder of adapters.
+    """
+    from resonance.model.precision import inference_dtype
+
+    folder = adapters.find(Path(folder_of(model)).expanduser())
+    info = adapters.read_info(folder) if folder and (folder / adapters.INFO_FILE).is_file() else None
+    if folder and (info is None or info.kind == "lora"):
+        raise ModelError(
+            _(
+                "{folder} is an adapter. Serve its base model, {base}, and put the adapter into the folder of adapters."
+            ).format(folder=folder, base=info.base_model if info else "?")
+        )
+    where = choose_device(device)
+    whisper = load_whisper(str(folder or model), device=where, dtype=inference_dtype(where), cache_dir=cache_dir)
+    mixture, shapes = make_mixable(whisper.model)
+    return MixedRecognizer(whisper, mixture, shapes, info)
