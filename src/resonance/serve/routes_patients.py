@@ -18,6 +18,7 @@ from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_o
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import refuse_unless_ready
+from resonance.serve.routes_openai import base_names
 from resonance.serve.shapes import AdapterShape, Deleted, Page, PatientList, Responses, VersionShape, refusals
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.serve.uploads import read_body, read_form
@@ -101,7 +102,7 @@ async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> J
     caller.allow_manage()
     store_of(request)
     config, service = config_of(request), service_of(request)
-    if patient in (service.base_name, *config.model_names):
+    if patient in base_names(request):
         raise ServiceError(
             409,
             "reserved_name",
