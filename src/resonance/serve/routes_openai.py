@@ -247,7 +247,7 @@ def voice_of(name: str, given: Fields, caller: Caller, request: Request) -> str 
         patient = patient_of(request, name)
     except ServiceError:
         raise model_not_found(name) from None
-    named = fields.text(given, "patient_id", longest=100_000)
+    named = fields.once(given, "patient_id")
     if named is not None and named != name:
         raise fields.wrong("patient_id", named, _("model names another person."))
     caller.allow(patient)

@@ -128,8 +128,11 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
 
 
 def patient_asked(request: Request, given: Fields, caller: Caller) -> str | None:
-    """Whose model is to answer: the one named, else the token's own. Raises ServiceError where the caller may not."""
-    named = fields.text(given, "patient_id", longest=100_000)
+    """Whose model is to answer: the one named, else the token's own. Raises ServiceError where the caller may not.
+
+    An empty name is none that was left out: a program that has lost it must not be answered by the base model.
+    """
+    named = fields.once(given, "patient_id")
     patient = caller.patient if named is None else check_patient_id(named)
     request.state.patient = patient
     caller.allow(patient)

@@ -79,6 +79,7 @@ CASES = {
     "unknown field": Wrong(400, "unknown_field", {"langage": "en"}, said="language"),
     "unknown patient": Wrong(404, "adapter_not_found", {"patient_id": "nobody"}),
     "path as id": Wrong(400, "invalid_patient_id", {"patient_id": "../x"}),
+    "empty id": Wrong(400, "invalid_patient_id", {"patient_id": ""}),
     "long id": Wrong(400, "invalid_patient_id", {"patient_id": "x" * 10_000}),
     "emoji as id": Wrong(400, "invalid_patient_id", {"patient_id": "🙂"}),
     "null in id": Wrong(400, "invalid_patient_id", {"patient_id": "a\x00b"}),
