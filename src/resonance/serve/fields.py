@@ -40,8 +40,8 @@ def only_known(fields: Fields, known: Collection[str]) -> None:
             )
 
 
-def text(fields: Fields, name: str, longest: int = LONGEST_PROMPT) -> str | None:
-    """The one value of a field; None where it was left out or is empty."""
+def once(fields: Fields, name: str) -> str | None:
+    """The one value of a field, be it empty; None where it was left out."""
     values = fields.get(name, ())
     if len(values) > 1:
         raise ServiceError(
@@ -51,19 +51,23 @@ def text(fields: Fields, name: str, longest: int = LONGEST_PROMPT) -> str | None
             _("Give it once."),
             param=name,
         )
-    if not values or not values[0].strip():
+    return values[0] if values else None
+
+
+def text(fields: Fields, name: str, longest: int = LONGEST_PROMPT) -> str | None:
+    """The one value of a field; None where it was left out or is empty."""
+    value = once(fields, name)
+    if value is None or not value.strip():
         return None
-    if len(values[0]) > longest:
+    if len(value) > longest:
         raise ServiceError(
             400,
             "value_too_long",
-            _("{name} has {found} characters; {most} are allowed.").format(
-                name=name, found=len(values[0]), most=longest
-            ),
+            _("{name} has {found} characters; {most} are allowed.").format(name=name, found=len(value), most=longest),
             _("Shorten it."),
             param=name,
         )
-    return values[0]
+    return value
 
 
 def choice(fields: Fields, name: str, allowed: Sequence[str], default: str, *, code: str = "invalid_value") -> str:

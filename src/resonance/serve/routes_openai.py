@@ -9,6 +9,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -22,7 +23,7 @@ from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.fields import Fields
 from resonance.serve.patients import check_patient_id
-from resonance.serve.routes_transcribe import fallback_of, temperatures_of
+from resonance.serve.routes_transcribe import fallback_of, patient_asked, temperatures_of
 from resonance.serve.shapes import IDS, ModelList, ModelShape, OpenaiText, OpenaiVerbose, Page, refusals
 from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.store import VersionInfo
@@ -240,16 +241,15 @@ def voice_of(name: str, given: Fields, caller: Caller, request: Request) -> str 
 
     Raises ServiceError where the caller may not, or no such model can be.
     """
-    named = fields.text(given, "patient_id", longest=100_000)
     if name in base_names(request):
-        patient = caller.patient if named is None else patient_of(request, named)
-    else:
-        try:
-            patient = patient_of(request, name)
-        except ServiceError:
-            raise model_not_found(name) from None
-        if named is not None and named != name:
-            raise fields.wrong("patient_id", named, _("model names another person."))
+        return patient_asked(request, given, caller)
+    try:
+        patient = patient_of(request, name)
+    except ServiceError:
+        raise model_not_found(name) from None
+    named = fields.once(given, "patient_id")
+    if named is not None and named != name:
+        raise fields.wrong("patient_id", named, _("model names another person."))
     caller.allow(patient)
     return patient
 
@@ -271,8 +271,11 @@ def prompt_of(given: Fields) -> str | None:
 
 
 def base_names(request: Request) -> list[str]:
-    """By which the base model may be asked for: its own, and those of the settings."""
-    return list(dict.fromkeys((service_of(request).base_name, *config_of(request).model_names)))
+    """By which the base model may be asked for: its own, of a folder the last part, and those of the settings."""
+    own = service_of(request).base_name
+    if Path(own).is_dir():
+        own = Path(own).resolve().name
+    return list(dict.fromkeys((own, *config_of(request).model_names)))
 
 
 @router.get(
@@ -300,7 +303,7 @@ def _adapters(request: Request, caller: Caller, after: str | None, limit: int) -
         names = []
     else:
         names = store.patients(after, limit + 1)
-    found = [(name, store.current(name)) for name in names[:limit]]
+    found = [(name, store.current(name)) for name in names[:limit] if name not in base_names(request)]
     return [_model(name, seconds_of(version)) for name, version in found if version], len(names) > limit
 
 

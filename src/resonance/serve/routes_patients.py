@@ -18,6 +18,7 @@ from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_o
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import refuse_unless_ready
+from resonance.serve.routes_openai import base_names
 from resonance.serve.shapes import AdapterShape, Deleted, Page, PatientList, Responses, VersionShape, refusals
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.serve.uploads import read_body, read_form
@@ -26,22 +27,7 @@ router = APIRouter(tags=["patients"])
 COMMON = (400, 401, 403, 404, 409, 429, 500, 503)
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
 PACKED = {"type": "string", "format": "binary", "description": "The adapter folder as a zip file."}
-UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/zip": {"schema": PACKED},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"file": PACKED},
-                    "required": ["file"],
-                    "additionalProperties": False,
-                }
-            },
-        },
-    }
-}
+UPLOAD = {"requestBody": {"required": True, "content": {"application/zip": {"schema": PACKED}}}}
 
 
 def _responses(status: int, text: str, *more: int) -> Responses:
@@ -96,12 +82,13 @@ async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONR
 )
 async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     """The folder `adapter` of a training as a zip file. It is loaded and checked first: one that was made for another base
-    model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept."""
+    model, or is damaged, is refused, and what answered before goes on to answer. Versions before are kept. It may come as
+    the field `file` of a form too."""
     patient = patient_of(request, patient_id)
     caller.allow_manage()
     store_of(request)
     config, service = config_of(request), service_of(request)
-    if patient in (service.base_name, *config.model_names):
+    if patient in base_names(request):
         raise ServiceError(
             409,
             "reserved_name",

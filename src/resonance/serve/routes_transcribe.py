@@ -13,6 +13,7 @@ from resonance.serve import answers, fields, openapi
 from resonance.serve.asking import PatientId, Who, config_of, deadline, form_of, heard, patient_of
 from resonance.serve.auth import Caller
 from resonance.serve.fields import Fields
+from resonance.serve.patients import check_patient_id
 from resonance.serve.shapes import IDS, Transcript, refusals
 from resonance.serve.speech import SpeechRequest
 from resonance.transcribe.recognizer import DecodeSettings, Times
@@ -126,10 +127,14 @@ async def answered(request: Request, caller: Who, patient: str | None) -> JSONRe
     return JSONResponse(answers.transcript(answer, settings.times, confidence=confidence))
 
 
-def patient_asked(request: Request, given: Fields, caller: Who) -> str | None:
-    """Whose model is to answer: the one named, else the token's own. Raises ServiceError where the caller may not."""
-    named = fields.text(given, "patient_id", longest=100_000)
-    patient = caller.patient if named is None else patient_of(request, named)
+def patient_asked(request: Request, given: Fields, caller: Caller) -> str | None:
+    """Whose model is to answer: the one named, else the token's own. Raises ServiceError where the caller may not.
+
+    An empty name is none that was left out: a program that has lost it must not be answered by the base model.
+    """
+    named = fields.once(given, "patient_id")
+    patient = caller.patient if named is None else check_patient_id(named)
+    request.state.patient = patient
     caller.allow(patient)
     return patient
 
