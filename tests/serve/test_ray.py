@@ -54,6 +54,17 @@ def test_copies_come_and_go_only_where_the_settings_leave_room() -> None:
     assert ray_app.scaling(settings(max_replicas=4)) == {"autoscaling_config": wanted}
 
 
+def test_paths_are_whole_before_they_go_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    found = ray_app.settled(settings(model="model", adapters="voices", tokens="tokens.json"))
+    assert (found.model, found.adapters) == (str(tmp_path / "model"), tmp_path / "voices")
+    assert found.tokens == tmp_path / "tokens.json" and found.audit_log is None
+    away = ray_app.settled(settings(adapters="s3://bucket/voices"))
+    assert (away.model, away.adapters) == ("somebody/whisper", "s3://bucket/voices")
+    assert away.tokens is not None and away.tokens.is_absolute()
+
+
 @dataclass
 class Cluster:
     """The service while it runs."""
@@ -105,13 +116,13 @@ def cluster(
         make_adapter(folder / "adapters" / person, base=openai_shaped, seed=i, rank=2 + 2 * (i % 3))
     _token, secret = TokenFile(folder / "tokens.json").create("all", "admin")
     command = [sys.executable, "-m", "resonance", "serve", "--model", str(openai_shaped), "--engine", "ray"]
-    command += ["--adapters", str(folder / "adapters"), "--tokens", str(folder / "tokens.json"), "--port", "0"]
+    command += ["--adapters", "adapters", "--tokens", "tokens.json", "--port", "0"]  # as from the command line
     command += [f"--min_replicas={COPIES}", f"--max_replicas={COPIES}", "--requests_per_minute=100000"]
     command += ["--temperature_increment_on_fallback=0", "--device=cpu", "--refresh_seconds=600", "--drain_seconds=5"]
     environment = {**os.environ, "RAY_ADDRESS": "", "RESONANCE_LANG": "en"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
     assert process.stdout is not None
     try:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ from resonance.messages import _
 from resonance.serve.auth import Auth
 from resonance.serve.command import announce, bind
 from resonance.serve.replica import Replica
+from resonance.serve.tokens import TokenFile
 
 APP = "resonance"
 MODELS = "models"
@@ -49,12 +51,8 @@ def serve_with_ray(config: ServeConfig) -> int:
     Auth.from_config(config)
     with bind(config) as listening:  # whether it can be, before Ray starts
         port = int(listening.getsockname()[1])
-    ray.init(
-        include_dashboard=False,
-        object_store_memory=max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb)) * MEBIBYTE,
-        logging_level="warning",
-        **({} if os.environ.get("RAY_ADDRESS") else {"address": "local"}),
-    )
+    config = settled(config)
+    ray.init(logging_level="warning", **cluster(config))
     before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]  # Ray sets its own
     try:
         serve.start(http_options={"host": config.host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
@@ -82,6 +80,25 @@ def serve_with_ray(config: ServeConfig) -> int:
         ray.shutdown()
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def settled(config: ServeConfig) -> ServeConfig:
+    """With whole paths: the processes of Ray are elsewhere."""
+    places = {"tokens": TokenFile(config.tokens).path}
+    places |= {name: getattr(config, name) for name in ("adapters", "keep_audio", "audit_log")}
+    found: dict[str, Any] = {name: path.absolute() for name, path in places.items() if isinstance(path, Path)}
+    if Path(config.model).exists():
+        found["model"] = str(Path(config.model).absolute())
+    return config.model_copy(update=found)
+
+
+def cluster(config: ServeConfig) -> dict[str, Any]:
+    """What `ray.init` is given: the cluster that RAY_ADDRESS names, or one on this machine alone."""
+    if os.environ.get("RAY_ADDRESS"):
+        ours = {name: value for name, value in os.environ.items() if name.startswith(("RESONANCE_", "HF_"))}
+        return {"runtime_env": {"env_vars": ours}}
+    shared = max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb))
+    return {"address": "local", "include_dashboard": False, "object_store_memory": shared * MEBIBYTE}
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -137,7 +154,8 @@ def application(serve: Any, config: ServeConfig) -> Any:
         name="front",
         num_replicas=1,  # one count of what a token has asked for
         max_ongoing_requests=FRONT_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        # On the first machine, where the tokens and the audit log are.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         logging_config=QUIET,
         **drain,
     )
