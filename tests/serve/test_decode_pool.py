@@ -358,8 +358,10 @@ def test_a_decoder_that_cannot_start_is_said_to_be_unavailable(monkeypatch: pyte
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pool = Pool(decoder_of())
     try:
-        refusal = pool.refusal(written(tone(1)))
-        assert (refusal.status, refusal.code) == (503, "decoder_unavailable")
+        with pytest.raises(ServiceError) as at_the_start:
+            pool.run(pool.decoder.start())
+        for refusal in (at_the_start.value, pool.refusal(written(tone(1)))):
+            assert (refusal.status, refusal.code) == (503, "decoder_unavailable")
         monkeypatch.undo()
         assert len(pool.decode(written(tone(1))).samples) == 16_000
     finally:
@@ -462,6 +464,15 @@ def _read_or_refused(pool: Pool, data: bytes) -> None:
     else:
         assert 0 < len(decoded.samples) <= MAX_SECONDS * 16_000 + 1
         assert np.isfinite(decoded.samples).all()
+
+
+def test_all_processes_are_there_after_the_start() -> None:
+    pool = Pool(decoder_of(workers=3))
+    try:
+        pool.run(pool.decoder.start())
+        assert len(set(pool.pids())) == 3
+    finally:
+        pool.close()
 
 
 def test_settings_become_limits() -> None:

@@ -3,7 +3,7 @@
 It is started by `decode_pool` and talks through its standard input and output. An upload comes as `UPLOAD`, its name and
 its bytes. Back go frames, each a `FRAME` and its content: samples (`s`, float32 at 16 kHz, at most `PIECE_BYTES`) as they
 are decoded, then the outcome (`e`, JSON). The first frame (`r`) says that the process is ready. It loads no torch:
-31 MB and 0.3 s.
+it takes 52 MB and starts in 0.15 s.
 """
 
 from __future__ import annotations
