@@ -20,7 +20,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(given).items() if key != "out"}
     machine.report({"settings": settings, **found, "goal_ms": GOAL_MS}, given.out)
     for name, values in found["ms"].items():
-        print(f"{name:13} median {values['median']} ms, first {values['first']}, last {values['last']}")
+        print(f"{name:13}" + ", ".join(f"{kind} {value}" for kind, value in values.items()) + " ms")
     print(f"resident memory by quarters of {given.cycles} readings: {found['resident_mib']} MiB")
     print(f"ms {found['ms']['read_adapter']['median']:.1f} read_adapter, {found['ms']['peft']['last']:.1f} peft")
 
@@ -65,9 +65,13 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return_large_blocks()
     torch.set_num_threads(given.threads)
     shape = {
-        **{"d_model": given.width, "encoder_layers": given.layers, "decoder_layers": given.layers},
-        **{"encoder_ffn_dim": 4 * given.width, "decoder_ffn_dim": 4 * given.width},
-        **{"encoder_attention_heads": given.width // 16, "decoder_attention_heads": given.width // 16},
+        "d_model": given.width,
+        "encoder_layers": given.layers,
+        "decoder_layers": given.layers,
+        "encoder_ffn_dim": 4 * given.width,
+        "decoder_ffn_dim": 4 * given.width,
+        "encoder_attention_heads": given.width // 16,
+        "decoder_attention_heads": given.width // 16,
     }
     with torch.device("meta"):  # only names and shapes count here
         base = Base(make_mixable(WhisperForConditionalGeneration(WhisperConfig(**shape)))[1])
@@ -96,18 +100,20 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "pool": lambda i: pool.release(pool.acquire(people[i])),
         "peft": peft,
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for i in range(given.adapters):
         for name, read in ways.items():
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             read(i)
-            times[name].append(1000 * (time.perf_counter() - began))
+            times[name].append((1000 * (time.perf_counter() - began), 1000 * (time.process_time() - busy)))
     few = max(1, given.adapters // 8)
     ms = {
         name: {
-            "median": round(statistics.median(found), 1),
-            "first": round(statistics.median(found[:few]), 1),
-            "last": round(statistics.median(found[-few:]), 1),
+            "median": middle(wall for wall, _cpu in found),
+            "best": round(min(wall for wall, _cpu in found), 1),
+            "first": middle(wall for wall, _cpu in found[:few]),
+            "last": middle(wall for wall, _cpu in found[-few:]),
+            "cpu_median": middle(cpu for _wall, cpu in found),
         }
         for name, found in times.items()
     }
@@ -117,6 +123,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if cycle % (given.cycles // 4) == 0:
             resident.append(resident_mib())
     return {"adapter_bytes": size, "ms": ms, "resident_mib": resident, "evictions": pool.stats().evictions}
+
+
+def middle(times: Iterable[float]) -> float:
+    return round(statistics.median(times), 1)
 
 
 class Base:

@@ -151,6 +151,14 @@ def test_transcribe_compares_three_programs_that_write_the_same_number_of_tokens
     assert ours <= theirs < ours + windows["faster-whisper"]
 
 
+def test_adapter_load_reads_the_same_adapters_with_and_without_peft(tmp_path: Path) -> None:
+    small = ("--width", 64, "--layers", 1, "--rank", 4, "--adapters", 3, "--cycles", 8)
+    lines, result = run("adapter_load.py", *small, out=tmp_path / "r.json")
+    assert re.fullmatch(r"ms \d+\.\d read_adapter, \d+\.\d peft", lines[-1])
+    assert result["ms"].keys() == {"read_adapter", "pool", "peft"} and len(result["resident_mib"]) == 4
+    assert result["adapter_bytes"] == 6 * 2 * 64 * 4 * 4
+
+
 def test_serve_load_answers_everybody_as_themselves(openai_shaped: Path, tmp_path: Path) -> None:
     small = ("--requests", 60, "--clients", 8, "--patients", 9, "--bad_share", 0.2, "--gone_share", 0.1, "--threads", 1)
     lines, result = run("serve_load.py", "--model", openai_shaped, *small, out=tmp_path / "r.json")

@@ -249,7 +249,12 @@ def test_while_a_new_version_is_read_the_old_one_answers(
     put = store.put("anna", make_adapter(tmp_path / "new", seed=77))
     clock.now += 2
     reading, go_on = threading.Event(), threading.Event()
-    store.before_read = lambda _patient: (reading.set(), go_on.wait(10))
+
+    def hold_up(_patient: str) -> None:
+        reading.set()
+        assert go_on.wait(10)
+
+    store.before_read = hold_up
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(pool.acquire, "anna")
         assert reading.wait(10)

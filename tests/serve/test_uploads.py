@@ -207,9 +207,9 @@ def test_a_slow_client_is_given_up() -> None:
     stalls = refusal(request(body, pause=0.3), idle_seconds=0.05)
     assert (stalls.status, stalls.code) == (408, "upload_too_slow")
     begun = time.monotonic()
-    trickles = refusal(request((body[i : i + 1] for i in range(len(body))), pause=0.02), deadline=begun + 0.2)
+    trickles = refusal(request((body[i : i + 1] for i in range(len(body))), pause=0.05), deadline=begun + 0.2)
     assert (trickles.status, trickles.code) == (408, "upload_too_slow")
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
 
 
 def test_a_client_that_goes_away_ends_the_reading() -> None:
