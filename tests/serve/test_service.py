@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,28 @@ def test_samples_that_cannot_be_heard_are_refused(
         async with running(service_of(scripted(), max_audio_seconds=10.0)) as service:
             with refused(status, code):
                 await service.transcribe(request(audio))
+
+    asyncio.run(main())
+
+
+def test_what_has_been_heard_of_a_long_recording_is_let_go(scripted: Scripted) -> None:
+    async def main() -> None:
+        windows: list[weakref.ref[np.ndarray]] = []
+        go_on = threading.Event()
+
+        def script(rows: Any) -> None:
+            windows.extend(weakref.ref(row.audio) for row in rows)
+            if len(windows) == 4:  # the first was the question whether it answers
+                assert go_on.wait(WAIT)
+
+        engine = scripted(script)
+        async with running(service_of(engine, batch_size=1)) as service:
+            long = np.concatenate([clip(i, 5.0) for i in range(1, 7)])
+            task = asyncio.create_task(service.transcribe(request(long)))
+            await until(lambda: len(windows) == 4 and metric(service, "resonance_windows_total") == 2)
+            await until(lambda: [ref() is None for ref in windows] == [False, True, True, False])
+            go_on.set()
+            assert (await task).result.text
 
     asyncio.run(main())
 
