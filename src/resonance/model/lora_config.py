@@ -14,7 +14,7 @@ from resonance.errors import AdapterError
 from resonance.messages import _
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 256
+MAX_RANK = 512  # as for --lora_r
 
 _MAX_BYTES = 1 << 20
 # What is read below, what shapes training only, and what says nothing about weights. Anything else that is set changes what
@@ -91,7 +91,7 @@ def read_settings(folder: Path) -> LoraSettings:
         raise AdapterError(
             _("{path}: cannot be read ({reason}).").format(path=path, reason=error.strerror or error)
         ) from error
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, re.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, re.error) as error:
         raise AdapterError(
             _("{path} is damaged: {reason}. Copy the adapter again.").format(path=path, reason=str(error)[:200])
         ) from None

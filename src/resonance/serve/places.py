@@ -82,7 +82,7 @@ class LocalFolder:
             _remove_stale(target.parent)
             try:
                 _write(temporary, data)
-                os.replace(temporary, target)
+                temporary.replace(target)
                 _sync_folder(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class LocalFolder:
                 for name, content in files.items():
                     _write(temporary / name, content)
                 _sync_folder(temporary)
-                os.rename(temporary, target)
+                temporary.rename(target)
                 _sync_folder(target.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +130,7 @@ class LocalFolder:
                 target.unlink(missing_ok=True)
             elif target.is_dir():
                 aside = target.with_name(f".{uuid.uuid4().hex}{_PART}")
-                os.rename(target, aside)
+                target.rename(aside)
                 _sync_folder(target.parent)
                 _remove_stale(target.parent)
                 shutil.rmtree(aside, ignore_errors=True)

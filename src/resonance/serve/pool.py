@@ -154,11 +154,11 @@ class AdapterPool:
         """The adapter in `folder`, as it would be loaded; it is not kept. Raises ServiceError 422 with the reason."""
         try:
             with self._loading:
-                adapter = read_adapter(folder, name="–", version="", base=self.base)
+                adapter = read_adapter(folder, name="", version="", base=self.base)
             self._check_size(adapter)
         except AdapterError as error:
             # Where uploads are unpacked is nobody's business.
-            raise _unusable("–", str(error).replace(str(folder), folder.name)) from error
+            raise _unusable("", str(error).replace(str(folder), folder.name)) from error
         return adapter
 
     def problems(self) -> dict[str, str]:
@@ -199,9 +199,11 @@ class AdapterPool:
             error = self._translated(patient, problem)
             raise
         finally:
-            with self._lock:
-                self._settle(patient, slot, look, had, found, error, began)
-            look.done.set()
+            try:
+                with self._lock:
+                    self._settle(patient, slot, look, had, found, error, began)
+            finally:
+                look.done.set()
 
     def _newest(self, patient: str, slot: _Slot, had: LoadedAdapter | None) -> LoadedAdapter:
         tried = None
@@ -343,10 +345,11 @@ class AdapterPool:
 
 
 def _unusable(patient: str, reason: str, hint: str | None = None) -> ServiceError:
+    text = _("The adapter of {patient} cannot be used: {reason}") if patient else _("It cannot be used: {reason}")
     return ServiceError(
         422,
         _UNUSABLE,
-        _("The adapter of {patient} cannot be used: {reason}").format(patient=patient, reason=reason),
+        text.format(patient=patient, reason=reason),
         hint or _("Upload the adapter of this person again, or roll back to an older version."),
     )
 
