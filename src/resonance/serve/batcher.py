@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Of the longest batch, what the windows of one person may take: so long another's phrase waits for somebody's hour of audio.
 ONE_PERSON = 1 / 3
-RAISED = 1.1  # how much more may be tried after a batch as large as what fitted last
+RAISED = 1.02  # how much more may be tried after a batch as large as what fitted last
 RETRY_SECONDS = 5
 EXAMINED_AGAIN = 10.0  # seconds after which a model that failed is asked whether it answers again
 
@@ -243,7 +244,7 @@ class Batcher:
                 continue
             if came.memory:
                 self._observer.out_of_memory()
-                self._fitting[positions] = max(1.0, len(part) // 2)
+                self._fitting[positions] = (len(part) + 1) // 2
             if len(part) > 1:
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
@@ -277,7 +278,8 @@ class Batcher:
             if came.memory:
                 log.warning("memory is full with %d windows of %d positions", len(rows), positions)
             else:
-                log.exception("%d windows of %d positions cannot be decoded", len(rows), positions)
+                # As text: a record that some handler keeps would keep the tensors too.
+                log.error("%d windows of %d positions:\n%s", len(rows), positions, traceback.format_exc())
         else:
             self._worked = time.monotonic()
             self._began = self._fault = None

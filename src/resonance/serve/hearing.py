@@ -30,7 +30,7 @@ from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcrip
 from resonance.units import SAMPLE_RATE
 
 Made = TypeVar("Made")
-Rows = list[Future[Transcript]]
+Rows = set[Future[Transcript]]
 Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
@@ -88,10 +88,14 @@ class Hearing:
                 if request.skip_nonspeech and is_silent(window):
                     return None
                 row = Row(window.audio, adapter, settings)
-                rows.append(self.batcher.submit(row, (request.account, request.patient), request.deadline))
-                return rows[-1]
+                future = self.batcher.submit(row, (request.account, request.patient), request.deadline)
+                rows.add(future)
+                future.add_done_callback(rows.discard)  # with its audio
+                return future
 
-            cutting = self._cut(decoded.samples, self.engine.best_clip_seconds(adapter), submit, until)
+            most = self.engine.best_clip_seconds(adapter)
+            warning, cutting = decoded.warning, self._cut(windows(_blocks(decoded.samples), most), submit, until)
+            del decoded  # a long recording's samples go as they are heard
             async with contextlib.aclosing(cutting) as cut:
                 async for window, row in cut:
                     found = UNHEARD if row is None else await until.get(asyncio.wrap_future(row))
@@ -100,7 +104,7 @@ class Hearing:
                     for piece in put(heard=heard[-1:]).segments:
                         yield piece
             voice = Voice(adapter.name, adapter.version, adapter.fingerprint) if adapter else None
-            yield Answer(put(heard=heard, error=decoded.warning), voice, self.engine.fingerprint)
+            yield Answer(put(heard=heard, error=warning), voice, self.engine.fingerprint)
 
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
         if isinstance(request.audio, Upload):
@@ -115,16 +119,17 @@ class Hearing:
 
     @contextlib.asynccontextmanager
     async def _speaking(self, request: SpeechRequest, until: Until) -> AsyncIterator[tuple[LoadedAdapter | None, Rows]]:
-        """The adapter that is to answer, kept in memory until the last of the rows that are put into the list is done."""
+        """The adapter that is to answer, kept in memory until the last of the rows that are put into the set is done."""
         adapter = await self._acquired(request, until)
-        rows: Rows = []
+        rows: Rows = set()
         try:
             yield adapter, rows
         finally:
-            for row in rows:
+            left = list(rows)
+            for row in left:
                 row.cancel()
             if adapter is not None:
-                _when_done(rows, functools.partial(self._pool(adapter.name).release, adapter))
+                _when_done(left, functools.partial(self._pool(adapter.name).release, adapter))
 
     async def _acquired(self, request: SpeechRequest, until: Until) -> LoadedAdapter | None:
         if request.patient is None:
@@ -166,13 +171,11 @@ class Hearing:
 
     async def _cut(
         self,
-        samples: Samples,
-        most: float,
+        cut: Iterator[Window],
         submit: Callable[[Window], Future[Transcript] | None],
         until: Until,
     ) -> AsyncGenerator[Coming, None]:
         """The windows of a recording, all of which are submitted as soon as they are cut."""
-        cut = windows(_blocks(samples), most)
         line: asyncio.Queue[Coming | None] = asyncio.Queue()
 
         async def cutting() -> None:

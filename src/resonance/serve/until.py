@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.faults import ServiceError
@@ -24,11 +24,12 @@ class Until:
 
     async def get(self, awaitable: Awaitable[Got]) -> Got:
         """What it gives. Cancelled where it takes too long: then ServiceError 504 or `refusal` is raised."""
-        future = asyncio.ensure_future(awaitable)
+        future: asyncio.Future[Got] = asyncio.ensure_future(awaitable)
         try:
             if not future.done():
                 rest = max(0.0, self.deadline - time.monotonic())
-                await asyncio.wait({future, self.ended}, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+                both: set[asyncio.Future[Any]] = {future, self.ended}
+                await asyncio.wait(both, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return future.result()
             raise self.refusal() if self.ended.done() else deadline_passed()
