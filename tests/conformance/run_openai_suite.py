@@ -66,7 +66,15 @@ def prepared(work: Path, version: str) -> tuple[Path, Path]:
         venv.create(work / "venv", with_pip=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     # What builds the distribution, and what its tests import.
-    needs = ("hatchling", "hatch-fancy-pypi-readme", f"openai[aiohttp]=={version}", "pytest", "pytest-asyncio", "rich")
+    needs = (
+        "hatchling",
+        "hatch-fancy-pypi-readme",
+        f"openai[aiohttp]=={version}",
+        "pytest",
+        "pytest-asyncio",
+        "pytest-xdist",
+        "rich",
+    )
     subprocess.run([*pip, "install", *needs], check=True)
     packed = work / f"openai-{version}.tar.gz"
     if not packed.exists():
@@ -108,7 +116,19 @@ def tried(suite: Path, python: Path, address: str, version: str) -> int:
     """Run the tests, print the figures, and give pytest's exit code."""
     report = suite / "report.xml"
     done = subprocess.run(
-        [str(python), "-m", "pytest", *TESTS, "-k", LEFT_OUT, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"],
+        [
+            str(python),
+            "-m",
+            "pytest",
+            *TESTS,
+            "-k",
+            LEFT_OUT,
+            "-q",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+        ],
         cwd=suite,
         env=os.environ | {"TEST_API_BASE_URL": f"{address}/v1", "RECORDING": str(RECORDING)},
         check=False,
