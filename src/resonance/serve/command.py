@@ -46,7 +46,12 @@ def serve(config: ServeConfig) -> int:
         asyncio.run(server.serve_on(listening))
     if server.failure:
         raise ResonanceError(server.failure)
-    return 128 + server.signal if server.signal and server.cut_off else 0
+    if server.cut_off:
+        # The model's thread computes still, and C++ would abort a process that ends under it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + server.signal)
+    return 0
 
 
 def bind(config: ServeConfig) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -53,10 +54,14 @@ class Outer:
 
         try:
             await self.app(scope, receive, sending)
+        except asyncio.CancelledError:
+            # The time to finish what is under way is over, and uvicorn ends it: whoever asked is told.
+            if scope["type"] == "http" and not status:
+                await fault(sending, cut_off())
         except Exception as error:
             log.error("request %s: %s at %s", request_id, type(error).__name__, where(error))
             if scope["type"] == "http" and not status:
-                await self._fault(sending)
+                await fault(sending, internal_error())
             elif scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1011})
         finally:
@@ -64,11 +69,24 @@ class Outer:
                 route = getattr(scope.get("route"), "path", "other")
                 self.count(route, status, time.monotonic() - begun)
 
-    async def _fault(self, send: Send) -> None:
-        content = json.dumps(internal_error().body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": 500, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+
+async def fault(send: Send, error: ServiceError) -> None:
+    content = json.dumps(error.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+def cut_off() -> ServiceError:
+    return ServiceError(
+        503,
+        "draining",
+        _("The service is about to stop."),
+        _("Send it again after the seconds that Retry-After gives."),
+        retry_after=5,
+    )
 
 
 def internal_error() -> ServiceError:

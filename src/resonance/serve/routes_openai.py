@@ -96,7 +96,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "In the format asked for; with stream, events transcript.text.delta and transcript.text.done.",
         "content": {"text/plain": PLAIN, "text/vtt": PLAIN, "text/event-stream": PLAIN},
     },
-    **refusals(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
+    **refusals(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
 }
 
 
@@ -249,19 +249,25 @@ def voice_of(name: str, given: Fields, caller: Caller, request: Request) -> str 
         raise model_not_found(name) from None
     named = fields.once(given, "patient_id")
     if named is not None and named != name:
-        raise fields.wrong("patient_id", named, _("model names another person."))
+        raise ServiceError(
+            409,
+            "two_patients",
+            _("model and patient_id name two people."),
+            _("Name one of them, or give whisper-1 as model."),
+            param="patient_id",
+        )
     caller.allow(patient)
     return patient
 
 
 def language_of(given: Fields) -> str | None:
-    one = fields.language(given)
+    """`language`, else the one of `languages`: several are refused, for the model is not told which it may find."""
     several = [fields.code_of(value, "languages") for value in fields.many(given, "languages")]
-    if len({*several}) > 1 or (one and several and several[0] != one):
+    if len({*several}) > 1:
         raise fields.wrong(
             "languages", ", ".join(several), _("Give one language, or none: then it is found out."), code="too_many"
         )
-    return one or (several[0] if several else None)
+    return fields.language(given) or (several[0] if several else None)
 
 
 def prompt_of(given: Fields) -> str | None:

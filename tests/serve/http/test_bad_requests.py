@@ -117,7 +117,7 @@ CASES = {
     "stream of subtitles": Wrong(400, "invalid_value", BASE | {"stream": "true", "response_format": "srt"}, path=V1),
     "logprobs of a text": Wrong(400, "invalid_value", BASE | {"include[]": "logprobs", "response_format": "text"}, path=V1),
     "several languages": Wrong(400, "too_many", BASE | {"languages[]": ["en", "de"]}, path=V1),
-    "two people": Wrong(400, "invalid_value", {"model": "anna", "patient_id": "bob"}, path=V1),
+    "two people": Wrong(409, "two_patients", {"model": "anna", "patient_id": "bob"}, path=V1),
     "language of a translation": Wrong(400, "unknown_field", BASE | {"language": "de"}, path="/v1/audio/translations"),
 }  # fmt: skip
 

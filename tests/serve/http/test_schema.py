@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-EXAMPLES = os.environ.get("RESONANCE_SCHEMA_EXAMPLES", "2")
+EXAMPLES = os.environ.get("RESONANCE_SCHEMA_EXAMPLES", "1")
 OURS = Path(__file__).parent
 
 
