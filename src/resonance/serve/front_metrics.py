@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from resonance.serve.metrics import Metrics
 
-FRONT = ("resonance_requests", "resonance_requests_created")  # what the front counts itself
+FRONT = "resonance_request"  # what the front counts itself
 
 
 class FrontMetrics(Metrics):
@@ -31,10 +31,10 @@ class _Merged(Collector):
         self._front, self._copies = front, copies
 
     def collect(self) -> Iterable[Metric]:
-        found = {family.name: family for family in _families(self._front) if family.name in FRONT}
+        found = {family.name: family for family in _families(self._front) if family.name.startswith(FRONT)}
         for copy, text in self._copies.items():
             for family in _families(text):
-                if family.name in FRONT:
+                if family.name.startswith(FRONT):
                     continue
                 whole = found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
