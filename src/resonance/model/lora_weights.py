@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from resonance.errors import AdapterError
@@ -105,7 +104,7 @@ def read_adapter(folder: Path, *, name: str, version: str, base: AdapterBase) ->
     settings = read_settings(folder)
     data = _read(folder / WEIGHTS_FILE, base)
     with ThreadPoolExecutor(1) as aside:  # half of the time, without the interpreter's lock
-        digest = aside.submit(hashlib.sha256, data)
+        digest = aside.submit(hashlib.sha256, data.numpy().data)
         pairs = _pairs(folder, _weights(folder / WEIGHTS_FILE, data), settings, base)
         flat = _flat(pairs, settings, base.dtype)
     # The sum is a number where every value is one, and takes a thirtieth of the time.
@@ -120,15 +119,15 @@ def read_adapter(folder: Path, *, name: str, version: str, base: AdapterBase) ->
     return LoadedAdapter(name, version, digest.result().hexdigest(), info, _views(flat, pairs), flat.nbytes)
 
 
-def _read(path: Path, base: AdapterBase) -> np.ndarray:
+def _read(path: Path, base: AdapterBase) -> torch.Tensor:
     """The whole file, uint8 [bytes]: a mapped one that somebody shortens ends the process (SIGBUS)."""
     most = sum(into + out for into, out in base.linear_shapes.values()) * MAX_RANK * 8 + _HEADER_ROOM
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size <= most:
-                data = np.empty(size, dtype=np.uint8)
-                return data[: stream.readinto(data)]
+                data = torch.empty(size, dtype=torch.uint8)
+                return data[: stream.readinto(data.numpy().data)]
     except OSError as error:
         raise AdapterError(
             _("{path}: cannot be read ({reason}).").format(path=path, reason=error.strerror or error)
@@ -140,20 +139,20 @@ def _read(path: Path, base: AdapterBase) -> np.ndarray:
     )
 
 
-def _weights(path: Path, data: np.ndarray) -> dict[str, torch.Tensor]:
+def _weights(path: Path, data: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, where they lie: `safetensors.torch.load` copies each, into memory that the system
     has to find first, which takes as long as all the rest.
 
     The format: https://github.com/huggingface/safetensors#format
     """
     try:
-        begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:begin].tobytes())
+        begin = 8 + int.from_bytes(bytes(data[:8].numpy()), "little")
+        header = json.loads(bytes(data[8:begin].numpy()))
         header.pop("__metadata__", None)
         found = {}
         for key, entry in header.items():
             first, last = (begin + int(offset) for offset in entry["data_offsets"])
-            part = torch.from_numpy(data[first:last])
+            part = data[first:last]
             if first % 8:  # dtypes start at multiples of their size
                 part = part.clone()
             found[key] = part.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
