@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -104,7 +105,8 @@ class Batcher:
                 raise self._closed()
             self._queue.put(work)
             self._changed.notify()
-        work.future.add_done_callback(lambda future: self._forget(work) if future.cancelled() else None)
+        # Not the work itself, which has the future: such a circle keeps its audio until the next collection.
+        work.future.add_done_callback(functools.partial(self._forget, weakref.ref(work)))
         return work.future
 
     def check(self, fresh_seconds: float = 0.0) -> Future[None]:
@@ -151,7 +153,10 @@ class Batcher:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _forget(self, work: Work) -> None:
+    def _forget(self, asked: weakref.ref[Work], future: Future[Transcript]) -> None:
+        work = asked()
+        if work is None or not future.cancelled():
+            return
         with self._changed:
             waited = self._queue.remove(work)
         if waited:
