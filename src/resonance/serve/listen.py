@@ -247,7 +247,7 @@ class Session:
         """What the utterance under way sounds like so far. Where there is no time for it, nothing."""
         quick = replace(self.settings, temperatures=(0.0,), num_beams=1)
         with contextlib.suppress(ServiceError, RuntimeError, WebSocketDisconnect):
-            answer = await self.answer(begun, quick)
+            answer = await self.answer(begun, quick, may_keep=False)
             if answer.result.text:
                 await self.socket.send_json(self.message("partial", begun, answer))
 
@@ -261,7 +261,7 @@ class Session:
         await self.socket.send_json(self.message("final", utterance, answer))
         self.count += 1
 
-    async def answer(self, utterance: Utterance, settings: DecodeSettings) -> Answer:
+    async def answer(self, utterance: Utterance, settings: DecodeSettings, *, may_keep: bool = True) -> Answer:
         return await self.service.transcribe(
             SpeechRequest(
                 audio=utterance.audio,
@@ -271,6 +271,7 @@ class Session:
                 skip_nonspeech=self.start.skip_nonspeech,
                 account=self.caller.account,
                 deadline=time.monotonic() + self.config.deadline_seconds,
+                may_keep=may_keep,
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from resonance.cli import run
@@ -65,6 +67,35 @@ def test_while_the_model_loads_health_says_so_and_afterwards_that_all_is_well(
     finally:
         may_load.set()
         found.stop()
+
+
+def test_recordings_are_kept_where_the_operator_wants_that_and_nowhere_else(
+    running: Any, start: Callable[..., Any], recording: bytes, spoken: Any, tmp_path: Path
+) -> None:
+    from websockets.sync.client import connect
+
+    kept = {"keep_audio": tmp_path / "kept", "keep_audio_days": 1.0, "audit_log": tmp_path / "audit"}
+    found = start(running.config.model_copy(update=kept), running.tokens)
+    try:
+        with found.running.client() as client:
+            answer = client.post("/transcribe", files={"file": recording}, data={"patient_id": "anna"})
+            assert answer.status_code == 200
+        headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
+        with connect(found.running.address.replace("http", "ws") + "/listen", additional_headers=headers) as socket:
+            socket.send(json.dumps({"type": "start", "patient_id": "anna"}))
+            for part in np.split(spoken[:30_000], 10):
+                socket.send((part * 32767).astype("<i2").tobytes())
+                time.sleep(0.02)
+            socket.send('{"type": "end"}')
+            while json.loads(socket.recv(timeout=60))["type"] != "done":
+                pass
+    finally:
+        found.stop()
+    # Of what was spoken, the whole utterance, and none of the beginnings that partial texts were made of.
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "kept").rglob("*.json")]
+    assert sorted(row["duration"] for row in rows) == pytest.approx([1.875, 1.942])
+    assert all(row["speaker"] == "anna" and row["fingerprint"] for row in rows)
+    assert answer.json()["text"] in [row["text"] for row in rows]
 
 
 def test_health_and_ready_say_no_while_the_model_does_not_come_back(
