@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shlex
 from collections.abc import Iterator
@@ -114,7 +115,11 @@ def test_compose_starts_what_the_container_file_builds() -> None:
     assert seconds(ours["stop_grace_period"]) > config.drain_seconds
     assert memory_bytes(ours["mem_limit"]) > memory_bytes(config.adapter_memory)
     assert "ports" not in ours  # reached through nginx alone
-    assert config.trusted_proxies == [proxy["networks"]["inside"]["ipv4_address"]]
+    address = ipaddress.ip_address(proxy["networks"]["inside"]["ipv4_address"])
+    assert config.trusted_proxies == [str(address)]
+    (network,) = yaml.safe_load(text("compose.yaml"))["networks"]["inside"]["ipam"]["config"]
+    assert address in ipaddress.ip_network(network["subnet"])
+    assert address not in ipaddress.ip_network(network["ip_range"])  # another container would take it first
     assert "./nginx.conf:/etc/nginx/conf.d/default.conf:ro" in proxy["volumes"]
 
 
