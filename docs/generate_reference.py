@@ -13,7 +13,7 @@ os.environ["RESONANCE_LANG"] = "en"  # before any text is looked up
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from resonance import cli, cli_data, cli_sagemaker, passthrough
+from resonance import cli, cli_data, cli_sagemaker, cli_token, passthrough
 from resonance.config import CurveConfig, TrainConfig
 from resonance.config_export import ExportConfig
 from resonance.config_help import description, expected
@@ -64,6 +64,7 @@ TAIL = """
 | variable | meaning |
 |---|---|
 | `RESONANCE_LANG` | language of the messages: `en`, `zh-CN` or `zh-TW`; left out, the one of the system |
+| `RESONANCE_HOME` | folder for the tokens of the service and for what plans learn from trainings; left out, the user's own |
 | `HF_ENDPOINT` | another address of the model hub, such as a mirror |
 | `HF_HUB_OFFLINE=1` | never ask the model hub; only what is on this machine is used |
 | `HF_HOME` | where downloaded models are kept |
@@ -88,6 +89,8 @@ def page() -> str:
         parts += flags(f"resonance data {name}", command)
     for name in ("status", "logs", "download"):
         parts += flags(f"resonance sagemaker {name}", cli_sagemaker.COMMANDS[name])
+    for name, command in cli_token.COMMANDS.items():
+        parts += flags(f"resonance token {name}", command)
     parts += flags("resonance demo", cli.demo)
     parts += flags("resonance doctor", cli.doctor)
     return "\n".join(parts) + TAIL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -329,6 +330,9 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    urllib.request.urlopen(
+        f"http://{host}:{port}/moto-api/reset", data=b""
+    ).close()  # all servers keep the same objects
     boto3.client("s3").create_bucket(Bucket="voices")
     yield "s3://voices"
     server.stop()

@@ -149,3 +149,11 @@ def test_transcribe_compares_three_programs_that_write_the_same_number_of_tokens
     windows, tokens = long["windows"], long["tokens_a_window"]
     ours, theirs = (windows[name] * tokens[name] for name in ("Resonance", "faster-whisper"))
     assert ours <= theirs < ours + windows["faster-whisper"]
+
+
+def test_adapter_load_reads_the_same_adapters_with_and_without_peft(tmp_path: Path) -> None:
+    small = ("--width", 64, "--layers", 1, "--rank", 4, "--adapters", 3, "--cycles", 8)
+    lines, result = run("adapter_load.py", *small, out=tmp_path / "r.json")
+    assert re.fullmatch(r"ms \d+\.\d read_adapter, \d+\.\d peft", lines[-1])
+    assert result["ms"].keys() == {"read_adapter", "pool", "peft"} and len(result["resident_mib"]) == 4
+    assert result["adapter_bytes"] == 6 * 2 * 64 * 4 * 4

@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 from resonance.cli import run
 codes = [run(command) for command in json.loads(sys.argv[1])]
-heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer", "boto3", "sagemaker"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer", "boto3", "sagemaker", "fastapi"} & set(sys.modules)
 print(json.dumps([codes, sorted(heavy)]))
 """
 
@@ -24,6 +24,7 @@ print(json.dumps([codes, sorted(heavy)]))
         ([[name, "--help"] for name in ("train", "evaluate", "transcribe")], 0),
         ([["data", name, "--help"] for name in ("check", "convert", "split")], 0),
         ([["sagemaker", name, "--help"] for name in ("submit", "status", "logs", "download")], 0),
+        ([["token", name, "--help"] for name in ("create", "list", "revoke")], 0),
         (
             [
                 ["train", "--lora_r", "x"],
@@ -31,11 +32,12 @@ print(json.dumps([codes, sorted(heavy)]))
                 ["transcribe"],
                 ["trian"],
                 ["sagemaker", "submit"],
+                ["token", "revoke", "nobody"],
             ],
             2,
         ),
     ],
-    ids=["overview", "command help", "data help", "sagemaker help", "refusals"],
+    ids=["overview", "command help", "data help", "sagemaker help", "token help", "refusals"],
 )
 def test_neither_help_nor_a_refusal_loads_torch(commands: list[list[str]], code: int) -> None:
     done = subprocess.run(

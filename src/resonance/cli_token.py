@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +28,12 @@ def create(argv: list[str]) -> int:
     scope: Scope = "admin" if args.admin else "base" if args.base else "patient" if args.patient is not None else "all"
     file = TokenFile(args.tokens)
     token, secret = file.create(args.name, scope, patient=args.patient, days=args.days)
-    print(_("Token {name}: {what}").format(name=token.name, what=_what(token)))
-    print(secret)
-    print(_("Write it down now: it is not stored, only a hash of it in {path}.").format(path=file.path))
+    # The secret alone goes to stdout: TOKEN=$(resonance token create --name phone)
+    print(_("Token {name}: {what}").format(name=token.name, what=_what(token)), file=sys.stderr, flush=True)
+    print(secret, flush=True)
+    print(
+        _("Write it down now: it is not stored, only a hash of it in {path}.").format(path=file.path), file=sys.stderr
+    )
     return 0
 
 

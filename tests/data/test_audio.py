@@ -18,7 +18,7 @@ import soundfile
 import soxr
 
 from resonance.data.audio import Samples, iter_blocks, probe, read_audio, write_wav
-from resonance.errors import AudioError, DataError
+from resonance.errors import AudioError, DataError, NoSoundError, TooLongError
 
 SHARED = Path(os.environ.get("RESONANCE_SHARED") or Path(__file__).resolve().parents[2] / "../shared") / "data"
 
@@ -371,3 +371,31 @@ def test_real_recordings_have_the_length_their_list_says(long_audio: Path) -> No
         assert 0.01 < np.sqrt((audio**2).mean()) < 0.5
         span = read_audio(long_audio / row["audio"], 10, 12)
         assert np.abs(span - audio[160_000:192_000])[200:-200].max() < 1e-3
+
+
+def test_blocks_of_a_file_in_memory_end_at_the_limit_with_an_error_of_their_own(tmp_path: Path) -> None:
+    flac = tmp_path / "a.flac"
+    soundfile.write(flac, sweep(3), 16_000)
+    data = flac.read_bytes()
+    np.testing.assert_array_equal(
+        np.concatenate(list(iter_blocks("sent.flac", data=data, max_seconds=3))), read_audio(flac)
+    )
+    with pytest.raises(TooLongError, match=r"sent\.flac: longer than the 2 seconds"):
+        next(iter_blocks("sent.flac", data=data, max_seconds=2))  # by its header: nothing is decoded
+
+
+def test_a_recording_without_a_stated_length_is_decoded_up_to_the_limit_and_no_further(tmp_path: Path) -> None:
+    mp3 = encode(tmp_path / "a.mp3", sweep(60), 16_000, "libmp3lame")
+    bare = mp3.read_bytes().replace(b"Info", bytes(4), 1)
+    produced = 0
+    with pytest.raises(TooLongError):
+        for block in iter_blocks("sent.mp3", data=bare, max_seconds=20):
+            produced += len(block)
+    assert produced <= 20 * 16_000
+
+
+def test_no_sound_is_an_error_of_its_own(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), 16_000)
+    for data in (b"", (tmp_path / "a.wav").read_bytes()):
+        with pytest.raises(NoSoundError):
+            read_audio("sent.wav", data=data)

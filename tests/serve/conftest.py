@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,30 @@ def make_adapter(tiny_model: Path) -> Callable[..., Path]:
         return write_adapter(folder, base or tiny_model, **settings)
 
     return make
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a loaded model tells about itself to those who read adapters for it."""
+
+    name: str
+    fingerprint: str
+    linear_shapes: dict[str, tuple[int, int]]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_model: Path) -> Base:
+    """`tiny_model`, as far as adapters need it."""
+    return Base("tiny", fingerprint(tiny_model), linear_layers(tiny_model), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def crowd(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapters of p00000 … p09999, of ranks 1 to 8. For reading only."""
+    folder = tmp_path_factory.mktemp("crowd")
+    made = [make_adapter(folder / ".made" / str(i), rank=1 + i % 8, seed=i) for i in range(40)]
+    for i in range(10_000):
+        (folder / f"p{i:05}").symlink_to(made[i % 40])
+    return folder

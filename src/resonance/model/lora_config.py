@@ -14,7 +14,7 @@ from resonance.errors import AdapterError
 from resonance.messages import _
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 256
+MAX_RANK = 512  # as for --lora_r
 
 _MAX_BYTES = 1 << 20
 # What is read below, what shapes training only, and what says nothing about weights. Anything else that is set changes what

@@ -26,7 +26,7 @@ MAX_NAME_BYTES = 200
 def unpack(data: bytes, into: Path, max_bytes: int, max_files: int = 64) -> None:
     """Write the files of an adapter's zip archive to the folder `into`, which is there and empty.
 
-    A single folder around everything is left out. Sizes are counted while unpacking, whatever the archive claims. Raises
+    A single folder around everything is left out, and the one in it. Sizes are counted while unpacking, whatever the archive claims. Raises
     ServiceError 400 archive_unreadable, 413 archive_too_large or 422 archive_refused; what was written until then is the
     caller's to remove.
     """
@@ -84,7 +84,7 @@ def _targets(members: list[zipfile.ZipInfo]) -> list[tuple[str, ...]]:
     paths = [_parts(member) for member in members]
     if not paths:
         raise _refused(_("it has no files"))
-    if len({path[0] for path in paths}) == 1 and all(len(path) > 1 for path in paths):
+    while len({path[0] for path in paths}) == 1 and all(len(path) > 1 for path in paths):
         paths = [path[1:] for path in paths]
     seen: set[str] = set()
     for member, path in zip(members, paths, strict=True):

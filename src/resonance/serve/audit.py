@@ -64,7 +64,7 @@ class AuditLog:
             "status": status,
             "audio_seconds": None if audio_seconds is None else round(audio_seconds, 2),
         }
-        line = json.dumps(row, ensure_ascii=False) + "\n"  # JSON: no text of a client can begin a line of its own
+        line = json.dumps(row) + "\n"  # in ASCII: no text of a client can begin a line of its own
         with self._lock:
             if self.path is None:
                 print(line, end="", file=sys.stderr, flush=True)

@@ -14,12 +14,11 @@ from resonance.config_serve import ServeConfig
 from resonance.errors import ConfigError
 from resonance.messages import _
 from resonance.serve.faults import ServiceError
-from resonance.serve.tokens import TokenFile
+from resonance.serve.tokens import MANAGE, TokenFile
 
 FAILURES_PER_MINUTE = 30  # wrong tokens from one address
 MAX_BUCKETS = 10_000  # 3 MB
 LONGEST_HEADER = 512
-MANAGE = "manage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,11 @@ class _Buckets:
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raise ConfigError where everybody who reaches the address could use all voices and replace them."""
+    """Raise ConfigError where everybody who reaches the address, or every web page, could use all voices and replace them."""
+    if config.auth == "off" and "*" in config.cors_origins:
+        raise ConfigError(
+            [_("--cors_origins * would let every web page use a service without tokens. Name the pages.")]
+        )
     if config.auth == "off" and not config.insecure and not is_loopback(config.host):
         raise ConfigError(
             [
@@ -158,7 +161,7 @@ def is_loopback(host: str) -> bool:
         return False
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.strip("[]"), None)}
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             [_("--host {host}: no address has this name ({reason}).").format(host=host, reason=reason)]

@@ -3,11 +3,12 @@
 It is started by `decode_pool` and talks through its standard input and output. An upload comes as `UPLOAD`, its name and
 its bytes. Back go frames, each a `FRAME` and its content: samples (`s`, float32 at 16 kHz, at most `PIECE_BYTES`) as they
 are decoded, then the outcome (`e`, JSON). The first frame (`r`) says that the process is ready. It loads no torch:
-31 MB and 0.3 s.
+it takes 52 MB and starts in 0.15 s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ def main(max_seconds: float, decode_seconds: float, memory_bytes: int) -> None:
         name, data = requests.read(name_bytes).decode(), requests.read(data_bytes)
         _limit_time(decode_seconds)
         outcome, message = _decode(name, data, max_seconds, answers)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _wait_without_limit()
         _send(answers, b"e", json.dumps({"outcome": outcome, "message": message}).encode())
 
 
@@ -83,27 +84,40 @@ def _send(answers: BinaryIO, kind: bytes, content: bytes) -> None:
 
 def _confine(memory_bytes: int) -> None:
     """Memory beyond what is in use now, files, core dumps: limited for good."""
-    try:
-        import resource
-    except ImportError:  # Windows: time and samples are limited all the same
-        return
     status = Path("/proc/self/statm")
     if status.exists():  # Linux; macOS does not heed the limit
-        used = int(status.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        used = int(status.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _limit("RLIMIT_AS", used + memory_bytes, for_good=True)
+        # When the machine's memory ends, this process ends and not the one that holds the model.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    _limit("RLIMIT_FSIZE", 0, for_good=True)
+    _limit("RLIMIT_CORE", 0, for_good=True)
 
 
 def _limit_time(seconds: float) -> None:
     """Processor time for the next upload; and the clock's, after which nobody can be waiting for it."""
+    _limit("RLIMIT_CPU", int(time.process_time() + seconds) + 1)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)
+
+
+def _limit(kind: str, value: int, *, for_good: bool = False) -> None:
+    """At most what the system allows already. Windows has no such limits: time and samples are limited all the same."""
     try:
         import resource
     except ImportError:
         return
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_SECONDS)
+    number = getattr(resource, kind)
+    hard = resource.getrlimit(number)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(number, (value, value if for_good else hard))
+
+
+def _wait_without_limit() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from resonance.data.audio import write_wav
 from resonance.data.textfile import write_text_atomic
 from resonance.errors import AudioError, ConfigError, DataError
 from resonance.messages import _
+from resonance.serve.patients import is_name
 from resonance.serve.speech import Answer
 from resonance.units import SAMPLE_RATE
 
@@ -75,6 +76,8 @@ class KeptAudio:
     def keep(self, samples: np.ndarray, answer: Answer, *, account: str, patient: str | None) -> Path | None:
         """Write a recording, float32 [samples] at 16 kHz, and its transcript. The path of the WAV, or None when the disk
         refuses: that is logged, and the answer goes out all the same. Blocks; call it in a thread."""
+        if patient is not None and not is_name(patient):
+            raise ValueError
         now = datetime.now(timezone.utc)
         folder = self.folder / now.date().isoformat() / (patient or BASE_FOLDER)
         name = secrets.token_hex(16)
@@ -138,5 +141,5 @@ def _is_day(name: str) -> bool:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty, or just now being written to: `keep` says so and makes it again
+    with contextlib.suppress(OSError):  # not empty. `write_wav` makes again what it needs
         folder.rmdir()

@@ -199,9 +199,11 @@ class AdapterPool:
             error = self._translated(patient, problem)
             raise
         finally:
-            with self._lock:
-                self._settle(patient, slot, look, had, found, error, began)
-            look.done.set()
+            try:
+                with self._lock:
+                    self._settle(patient, slot, look, had, found, error, began)
+            finally:
+                look.done.set()
 
     def _newest(self, patient: str, slot: _Slot, had: LoadedAdapter | None) -> LoadedAdapter:
         tried = None

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from resonance.data.textfile import write_text_atomic
 from resonance.errors import ConfigError
 from resonance.messages import _
+from resonance.serve.patients import MAX_LETTERS, is_name
 
 Scope = Literal["admin", "all", "patient", "base"]
 
@@ -30,6 +31,7 @@ PREFIX_LETTERS = len(SECRET_START) + 6
 CHECK_SECONDS = 1.0  # between two looks at the file: so long a revoked token may still work
 LOCK_SECONDS = 10.0
 NAME_LETTERS = 64
+MANAGE = "manage"  # what is asked for where adapters are changed: no id of a patient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,14 @@ class TokenFile:
         """A new token and its secret, which is nowhere else. Raises ConfigError for a name that is taken."""
         if not _usable_name(name):
             raise ConfigError([_("--name has 1 to {most} letters, without line breaks.").format(most=NAME_LETTERS)])
+        if patient is not None and (patient == MANAGE or not is_name(patient)):
+            raise ConfigError(
+                [
+                    _(
+                        "--patient: this is not the id of a patient. It has letters, digits, “_”, “-” and “.”, {most} at most."
+                    ).format(most=MAX_LETTERS)
+                ]
+            )
         secret = SECRET_START + secrets.token_urlsafe(SECRET_BYTES)
         token = Token(
             name=name,
@@ -156,14 +166,16 @@ class TokenFile:
         """The tokens, for a change that is written when the block ends without an error."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_SECONDS):
+            lock = self.path.with_name(f".{self.path.name}.lock")
+            with FileLock(lock, timeout=LOCK_SECONDS):
                 tokens = self.tokens()
                 yield tokens
                 owner = (self.path if self.path.exists() else self.path.parent).stat()
                 text = json.dumps({"tokens": [asdict(token) for token in tokens]}, indent=1, ensure_ascii=False)
                 write_text_atomic(self.path, [text, "\n"], mode=0o600)
                 if os.name == "posix" and os.geteuid() == 0:  # else the service of another user could not read it
-                    os.chown(self.path, owner.st_uid, owner.st_gid)
+                    for path in (self.path, lock):
+                        os.chown(path, owner.st_uid, owner.st_gid)
         except Timeout:
             raise ConfigError(
                 [_("{path}: another program is changing it. Try again in a moment.").format(path=self.path)]
