@@ -28,6 +28,7 @@ from resonance.data.textfile import write_text_atomic
 from resonance.errors import OutOfMemoryError, SmallerSettingsError
 from resonance.messages import _
 from resonance.model.memory import predict
+from resonance.model.memory_full import is_memory_full
 from resonance.model.precision import training_precision
 from resonance.model.rungs import Rung, below, job_for, rung_of
 from resonance.model.runs import RunFolder
@@ -39,15 +40,6 @@ from resonance.train.trainer import WhisperTrainer
 from resonance.units import GIBIBYTE
 
 Phase = Literal["training", "evaluation"]
-# What torch says where it has no type for it: on a processor (Linux, Windows), on Apple's GPUs, and where the driver or
-# cuBLAS asks for memory that another program has taken.
-FULL = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "MPS backend out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 SMALLER = 0.8  # of the memory: a model that takes more than that is no way out
 FITTED_FILE = "fitted.json"  # in a run folder: the settings that the ladder came to
 CHANGED = (
@@ -65,13 +57,6 @@ class MemoryFull(Exception):  # noqa: N818 - control flow: it is answered by the
         self.phase: Phase = phase
         self.step = step
         self.shape = shape
-
-
-def is_memory_full(error: BaseException) -> bool:
-    """Whether `error` says that the device has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
 
 
 def release() -> None:

@@ -109,6 +109,10 @@ class MixedRecognizer:
                 _("{name} cannot tell which language is spoken. Say it with the request.").format(name=self.name)
             )
 
+    def tokens(self, text: str) -> list[int]:
+        """Ids of the tokens of a text, without special ones."""
+        return list(self.whisper.tokenizer.encode(text, add_special_tokens=False))
+
     def transcribe(self, rows: Sequence[Row]) -> list[Transcript]:
         """Transcripts in the order of the rows."""
         if not rows:
