@@ -198,6 +198,22 @@ def test_a_lone_window_is_decoded_when_the_gathering_is_over(make: Make) -> None
     assert text_of(batcher.submit(row(5), ANN, LATER)).startswith("base 5 ")
 
 
+def test_who_has_just_been_answered_may_join_those_who_waited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resonance.serve import batcher as module
+
+    monkeypatch.setattr(module, "PAUSE", 1e9)
+    batcher, engine = make(gather_seconds=10 * WAIT, batch_size=2)
+    engine.go.clear()
+    first = [batcher.submit(row(i), ANN, LATER) for i in (1, 2)]
+    assert engine.entered.acquire(timeout=WAIT)
+    waited = batcher.submit(row(3), BO, LATER)
+    engine.go.set()
+    assert [text_of(future).split()[1] for future in first] == ["1", "2"]
+    again = batcher.submit(row(4), ANN, LATER)
+    assert text_of(waited) and text_of(again)
+    assert engine.batches == [[1, 2], [3, 4]]
+
+
 def test_batches_are_as_long_as_the_others_can_wait_as_measured(make: Make) -> None:
     batcher, engine = make(longest_batch=6.0)
     while_busy(batcher, engine)
