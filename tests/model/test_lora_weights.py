@@ -190,7 +190,7 @@ def test_an_adapter_that_was_never_trained_is_what_it_says_it_is(tiny_model: Pat
         ({"rank_pattern": {"q_proj": -1}}, "r=-1"),
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
-        ({"r": 5}, r"A \[4, 32\] and B \[32, 4\] \(float32\) where \[5, 32\] and \[32, 5\] belong"),
+        ({"r": 5}, r"A \[4, 32\] and B \[32, 4\] where \[5, 32\] and \[32, 5\] belong"),
         ({"target_modules": ["q_proj", "v_proj", "fc1"]}, r"does not fit together: 4 layers .*fc1"),
         ({"target_modules": ["q_proj"]}, r"does not fit together: 6 layers .*v_proj"),
         ({"target_modules": "((a+)+)+b"}, "too involved"),
@@ -229,7 +229,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_layer(
     check("A [4, 31]", lambda w: w.update({a: w[a][:, 1:].contiguous()}))
     check("B [4, 32]", lambda w: w.update({b: w[b].T.contiguous()}))
     check("A [32]", lambda w: w.update({a: w[a][0].clone()}))
-    check("(int32)", lambda w: w.update({a: w[a].int()}))
+    check("I32", lambda w: w.update({a: w[a].int()}))
     check("zeros where model.encoder.layers.0", lambda w: w[a].zero_())
     check("zeros where model.encoder.layers.0", lambda w: w[a][3:].zero_())  # a copy that has not come to the end
     check("no numbers", lambda w: w[a].__setitem__((3, 7), float("nan")))
