@@ -57,6 +57,11 @@ def started(arguments: list[str], rank: int | None = None, world: int = 2) -> su
     )
 
 
+def complaints(err: str) -> list[str]:
+    """What stderr has besides how far it is, which is said where it takes more than a second."""
+    return [line for line in err.splitlines() if " s of audio in 1 s" not in line]
+
+
 def kill_when(process: subprocess.Popen[str], journal: Path) -> list[str]:
     """SIGKILL once `journal` has rows. Returns the recordings in it."""
     until = time.monotonic() + 120
@@ -95,7 +100,7 @@ def test_killed_at_any_moment_a_run_loses_only_what_was_under_way(
     for path in done:  # whatever is transcribed again would be missed now
         Path(path).unlink()
     assert run(arguments) == 0
-    assert capsys.readouterr().err == ""
+    assert complaints(capsys.readouterr().err) == []
     if journal.startswith("out/."):
         names = {path.name for path in Path("out").iterdir() if not path.name.startswith(".")}
         assert names == {f"{path.stem}.{form}" for path in audio for form in ("srt", "json")}
@@ -117,13 +122,13 @@ def test_two_processes_share_the_work_and_one_that_was_killed_is_started_again(
     done = kill_when(first, Path("out/x.json.rank0-of-2.jsonl"))
     assert set(done) <= {str(path) for path in audio[0::2]} and len(done) < COUNT // 2
     out, err = second.communicate(timeout=120)
-    assert (second.returncode, out, err) == (0, "", "")
+    assert (second.returncode, out, complaints(err)) == (0, "", [])
     assert not Path("out/x.json").exists()
     for path in [*done, *audio[1::2]]:
         Path(path).unlink()
     first = started(arguments, 0)
     out, err = first.communicate(timeout=120)
-    assert (first.returncode, err) == (0, "") and f"{COUNT} texts" in out
+    assert (first.returncode, complaints(err)) == (0, []) and f"{COUNT} texts" in out
     rows = json.loads(Path("out/x.json").read_text(encoding="utf-8"))
     assert [row["audio_path"] for row in rows] == [str(path) for path in audio]
     assert {path.name for path in Path("out").iterdir()} == {"x.json", ".x.json.settings.json"}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Person = tuple[str, str | None]  # the account that asks, and the patient whose adapter answers
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Work:
     """One window that waits for its transcript."""
 

@@ -31,7 +31,7 @@ from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcrip
 from resonance.units import SAMPLE_RATE
 
 Made = TypeVar("Made")
-Rows = set[Future[Transcript]]
+Rows = list[Future[Transcript]]
 Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
@@ -90,10 +90,8 @@ class Hearing:
                 if request.skip_nonspeech and is_silent(window):
                     return None
                 row = Row(window.audio, adapter, settings)
-                future = self.batcher.submit(row, (request.account, request.patient), request.deadline)
-                rows.add(future)
-                future.add_done_callback(rows.discard)  # with its audio
-                return future
+                rows.append(self.batcher.submit(row, (request.account, request.patient), request.deadline))
+                return rows[-1]
 
             most = self.engine.best_clip_seconds(adapter)
             to_keep = decoded.samples if self.kept is not None and request.may_keep else None
@@ -128,17 +126,16 @@ class Hearing:
 
     @contextlib.asynccontextmanager
     async def _speaking(self, request: SpeechRequest, until: Until) -> AsyncIterator[tuple[LoadedAdapter | None, Rows]]:
-        """The adapter that is to answer, kept in memory until the last of the rows that are put into the set is done."""
+        """The adapter that is to answer, kept in memory until the last of the rows that are put into the list is done."""
         adapter = await self._acquired(request, until)
-        rows: Rows = set()
+        rows: Rows = []
         try:
             yield adapter, rows
         finally:
-            left = list(rows)
-            for row in left:
+            for row in rows:
                 row.cancel()
             if adapter is not None:
-                _when_done(left, functools.partial(self._pool(adapter.name).release, adapter))
+                _when_done(rows, functools.partial(self._pool(adapter.name).release, adapter))
 
     async def _acquired(self, request: SpeechRequest, until: Until) -> LoadedAdapter | None:
         if request.patient is None:
