@@ -55,7 +55,7 @@ TAIL = """
 
 | code | meaning |
 |---|---|
-| 0 | all is well |
+| 0 | all is well; of `resonance serve`: it was told to stop, and all that was under way was answered |
 | 1 | recordings, a model or the machine are at fault, or something was found that would be lost |
 | 2 | the command line or a configuration file is at fault |
 | 130, 143 | stopped by Ctrl-C, or by the system; what can be saved has been saved |

@@ -128,9 +128,8 @@ class Session:
 
     async def first_message(self) -> Start:
         try:
-            async with asyncio.timeout(START_SECONDS):
-                message = await self.socket.receive()
-        except TimeoutError:
+            message = await asyncio.wait_for(self.socket.receive(), START_SECONDS)
+        except asyncio.TimeoutError:
             raise ServiceError(
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
@@ -192,9 +191,8 @@ class Session:
     async def next_data(self) -> bytes | None:
         """The next sound; None where the client has said that it was all."""
         try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                message = await self.socket.receive()
-        except TimeoutError:
+            message = await asyncio.wait_for(self.socket.receive(), IDLE_SECONDS)
+        except asyncio.TimeoutError:
             raise ServiceError(
                 408,
                 "idle",

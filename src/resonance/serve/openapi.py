@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,12 +67,15 @@ def describe(app: FastAPI, config: ServeConfig) -> None:
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            found = get_openapi(title="Resonance", version=__version__, description=TEXT, routes=app.routes)
+            found = copy.deepcopy(
+                get_openapi(title="Resonance", version=__version__, description=TEXT, routes=app.routes)
+            )
             parts = found["components"]
             for path in found["paths"].values():
                 for operation in path.values():
                     if config.auth == "off":
                         operation.pop("security", None)
+                    _limit(operation, config)
                     # FastAPI's own refusals never are sent: all have the one shape.
                     if NOT_SENT in str(operation["responses"].get("422")):
                         del operation["responses"]["422"]
@@ -83,3 +87,11 @@ def describe(app: FastAPI, config: ServeConfig) -> None:
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+
+
+def _limit(operation: dict[str, Any], config: ServeConfig) -> None:
+    """Name the limits that the settings give."""
+    content = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data", {})
+    properties = content.get("schema", {}).get("properties", {})
+    if "num_beams" in properties:
+        properties["num_beams"]["maximum"] = config.max_beams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import pytest
 
 from resonance.cli import run
 from resonance.config_serve import ServeConfig
+from resonance.serve.asking import unless_gone
 from resonance.serve.decode_pool import audio_decoder
+from resonance.serve.faults import ServiceError
 from resonance.serve.metrics import Metrics
 from resonance.serve.service import Service
 
@@ -47,7 +50,16 @@ def test_while_the_model_loads_health_says_so_and_afterwards_that_all_is_well(
         assert may_load.wait(60)
         return load_mixed(running.config.model, device="cpu"), None
 
-    config = running.config.model_copy(update={"adapters": None, "auth": "off", "audit_log": tmp_path / "audit"})
+    page = "https://example.net"
+    config = running.config.model_copy(
+        update={
+            "adapters": None,
+            "auth": "off",
+            "audit_log": tmp_path / "audit",
+            "cors_origins": [page],
+            "max_beams": 3,
+        }
+    )
     found = start(config, {}, wait=False, service=service(config, load))
     address = found.running.address
     try:
@@ -61,9 +73,13 @@ def test_while_the_model_loads_health_says_so_and_afterwards_that_all_is_well(
             time.sleep(0.05)
         assert httpx2.get(address + "/health").json() == httpx2.get(address + "/ready").json() == {"status": "ok"}
         assert httpx2.get(address + "/patients").json()["error"]["code"] == "no_adapters"
-        # Without tokens, no page of another site may use it.
+        assert '"maximum":3' in httpx2.get(address + "/openapi.json").text
+        # Without tokens, no page of another site may use it but those that are named.
+        asked = {"Origin": page, "Access-Control-Request-Method": "POST"}
+        assert httpx2.options(address + "/transcribe", headers=asked).headers["Access-Control-Allow-Origin"] == page
         foreign = httpx2.get(address + "/v1/models", headers={"Origin": "https://example.org"})
         assert foreign.status_code == 403 and foreign.json()["error"]["code"] == "foreign_page"
+        assert "Access-Control-Allow-Origin" not in foreign.headers
     finally:
         may_load.set()
         found.stop()
@@ -150,6 +166,25 @@ def test_health_and_ready_say_no_while_the_model_does_not_come_back(
     finally:
         released.set()
         found.stop()
+
+
+def test_what_a_client_asked_for_that_has_gone_is_not_computed() -> None:
+    ended: list[str] = []
+
+    class Gone:
+        async def receive(self) -> dict[str, str]:
+            await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("cancelled")
+
+    with pytest.raises(ServiceError) as caught:
+        asyncio.run(unless_gone(Gone(), work()))  # type: ignore[arg-type]
+    assert caught.value.status == 499 and ended == ["cancelled"]
 
 
 # --- the command ---

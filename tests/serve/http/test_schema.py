@@ -1,6 +1,6 @@
 """schemathesis over our own OpenAPI document: all of its checks, with real recordings, on a real socket.
 
-More examples of everything: RESONANCE_SCHEMA_EXAMPLES=200 pytest tests/serve/http/test_schema.py
+More examples of everything, and sequences of requests: RESONANCE_SCHEMA_EXAMPLES=200 pytest tests/serve/http/test_schema.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-EXAMPLES = os.environ.get("RESONANCE_SCHEMA_EXAMPLES", "1")
+MORE = os.environ.get("RESONANCE_SCHEMA_EXAMPLES")
+PHASES = "examples,coverage,fuzzing" + (",stateful" if MORE else "")
 OURS = Path(__file__).parent
 
 
@@ -41,13 +42,13 @@ def test_the_service_is_as_its_openapi_document_says(
             archive.write(path, path.name)
     (files / "adapter.zip").write_bytes(packed.getvalue())
     # A service of its own: anna is deleted and put back all the time.
-    places = {"adapters": tmp_path / "adapters", "audit_log": tmp_path / "audit.jsonl"}
+    places = {"adapters": tmp_path / "adapters", "audit_log": tmp_path / "audit.jsonl", "max_beams": 2}
     found = start(running.config.model_copy(update=places), running.tokens)
     try:
         done = subprocess.run(
             [
                 *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{found.running.address}/openapi.json"),
-                *("--checks", "all", "--max-examples", EXAMPLES, "--seed", "7", "--no-color"),
+                *("--checks", "all", "--phases", PHASES, "--max-examples", MORE or "1", "--seed", "7", "--no-color"),
                 *("-H", f"Authorization: Bearer {running.tokens['admin']}", "--request-timeout", "60"),
                 *("--max-response-time", "60"),  # on a busy machine
             ],
