@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -43,6 +44,7 @@ MEBIBYTE = 1 << 20
 REFRESH_SECONDS = 1.0
 LEAST_FOR_MEMORY = 2000  # requests: before, the service is still filling its pool
 GROWTH = 0.05  # of the memory, between the first and the last quarter
+FAILED = re.compile(r'resonance_requests_total\{.*status="500"')
 MALFORMED = ("..%2F..%2Fetc", "a" * 10_000, "%F0%9F%99%82", "%00", "a b")
 
 
@@ -202,6 +204,8 @@ async def all_clients(run: Run, process: subprocess.Popen[bytes]) -> None:
     async with httpx.AsyncClient(base_url=run.address, timeout=180, limits=limits) as http:
         others = [asyncio.create_task(work) for work in (manage(run, http), watch(run, http, process))]
         await asyncio.gather(*(client(run, http, numbers) for _ in range(run.given.clients)))
+        counted = (await http.get("/metrics")).text
+        run.faults += [line for line in counted.splitlines() if FAILED.match(line)]  # also those nobody waited for
         for task in others:
             if task.done():
                 task.result()  # what broke it

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from resonance.config_serve import ServeConfig
@@ -56,6 +57,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
         HTTPException: refused_by_starlette,
         RequestValidationError: invalid,
         ResonanceError: failed,
+        ClientDisconnect: gone,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
@@ -129,6 +131,11 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
         param=place[:100],
     )
     return JSONResponse(fault.body, 400)
+
+
+def gone(request: Request, error: ClientDisconnect) -> Response:
+    """While it was sending. Nobody reads this; 499 is what nginx counts it as."""
+    return Response(status_code=499)
 
 
 def failed(request: Request, error: ResonanceError) -> Response:
