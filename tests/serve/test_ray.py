@@ -35,7 +35,7 @@ CLIP = SPEAKER / "audio" / "close_the_door_1.opus"
 PEOPLE = [f"p{i}" for i in range(8)]
 COPIES = 2
 START_SECONDS = 180.0
-SAID = re.compile(r'resonance_(\w+)\{(?:.*,)?copy="(\w+)"\} (\S+)')
+SAID = re.compile(r'resonance_(\w+)\{[^}]*copy="(\w+)"[^}]*\} (\S+)')
 
 
 def settings(**given: Any) -> ServeConfig:
@@ -85,8 +85,11 @@ class Cluster:
 
     def figures(self, name: str) -> dict[str, float]:
         """A figure of each copy."""
-        found = SAID.findall(self.http.get("/metrics").text)
-        return {copy: float(value) for figure, copy, value in found if figure == name}
+        found: dict[str, float] = {}
+        for figure, copy, value in SAID.findall(self.http.get("/metrics").text):
+            if figure == name:
+                found[copy] = found.get(copy, 0.0) + float(value)
+        return found
 
     def wait(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
         until = time.monotonic() + seconds
@@ -119,6 +122,7 @@ def cluster(
     command += ["--adapters", "adapters", "--tokens", "tokens.json", "--port", "0"]  # as from the command line
     command += [f"--min_replicas={COPIES}", f"--max_replicas={COPIES}", "--requests_per_minute=100000"]
     command += ["--temperature_increment_on_fallback=0", "--device=cpu", "--refresh_seconds=600", "--drain_seconds=5"]
+    command += ["--max_upload_mb=2"]
     environment = {**os.environ, "RAY_ADDRESS": "", "RESONANCE_LANG": "en"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -185,6 +189,8 @@ def test_refusals_formats_and_events_are_those_of_one_process(cluster: Cluster) 
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "language")
     english = cluster.ask("p1", phrases="x" * 200)
     assert english.status_code in (200, 400)
+    large = cluster.http.post("/transcribe", files={"file": ("a.wav", bytes(3_000_000))})
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "upload_too_large")
     unknown = httpx.post(f"{cluster.address}/transcribe", files={"file": ("a.opus", cluster.clip)})
     assert unknown.status_code == 401
 
@@ -199,6 +205,18 @@ def test_refusals_formats_and_events_are_those_of_one_process(cluster: Cluster) 
     assert events[-1]["type"] == "transcript.text.done" and events[-1]["text"] == verbose["text"]
     assert "p1" in [model["id"] for model in cluster.http.get("/v1/models").json()["data"]]
     assert cluster.http.get("/ready").status_code == 200
+
+
+def test_a_client_that_leaves_is_taken_out_of_the_copy(cluster: Cluster) -> None:
+    time.sleep(6)  # until the front has asked for figures again
+    before = sum(cluster.figures("dropped_windows_total").values())
+    for _ in range(20):
+        with contextlib.suppress(httpx.TimeoutException):
+            slow = {"num_beams": "5", "skip_nonspeech": "false", "patient_id": "p5"}
+            cluster.http.post("/transcribe", data=slow, files={"file": ("a.opus", cluster.clip)}, timeout=0.05)
+    cluster.wait(lambda: sum(cluster.figures("dropped_windows_total").values()) > before)
+    assert not cluster.figures("failed_windows_total") or not sum(cluster.figures("failed_windows_total").values())
+    assert cluster.ask("p5").status_code == 200
 
 
 def test_a_microphone_is_heard_through_ray(cluster: Cluster) -> None:
