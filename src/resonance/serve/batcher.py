@@ -46,7 +46,7 @@ class Engine(Protocol):
     def name(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
-    def positions(self, samples: int, adapter: LoadedAdapter | None) -> int: ...
+    def batch_positions(self, samples: int, adapter: LoadedAdapter | None) -> int: ...
     def best_clip_seconds(self, adapter: LoadedAdapter | None) -> float: ...
     def check(self, settings: DecodeSettings, adapter: LoadedAdapter | None) -> None: ...
     def tokens(self, text: str) -> list[int]: ...
@@ -103,7 +103,7 @@ class Batcher:
     def submit(self, row: Row, person: Person, deadline: float) -> Future[Transcript]:
         """The window's transcript. Cancelled before its turn, or after `deadline` on the clock of time.monotonic(), it is
         never decoded. Fails with ServiceError."""
-        work = Work(row, person, deadline, self._engine.positions(len(row.audio), row.adapter))
+        work = Work(row, person, deadline, self._engine.batch_positions(len(row.audio), row.adapter))
         with self._changed:
             if self._closed:
                 raise self._closed()
@@ -272,7 +272,7 @@ class Batcher:
 
     def _examine(self) -> None:
         """Whether the model answers at all, for those who ask and for oneself."""
-        came = self._compute([self._probe], self._engine.positions(len(self._probe.audio), self._probe.adapter))
+        came = self._compute([self._probe], self._engine.batch_positions(len(self._probe.audio), self._probe.adapter))
         if isinstance(came, Computed):
             return
         self._fault = None if came.memory else came.what
