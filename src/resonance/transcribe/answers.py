@@ -33,6 +33,7 @@ class Heard:
     languages: Sequence[str | None]  # of each clip; None: an English-only model
     task: str
     speaking: Speaking = one_voice
+    lengths: Sequence[int] | None = None  # positions of each row, where the others only fill up; None: all count
 
     @property
     def tokenizer(self) -> LabelTokenizer:
@@ -45,6 +46,9 @@ class Heard:
         if list(rows) == list(range(len(self.hidden))):
             return self.hidden
         return self.hidden[torch.tensor(list(rows), device=self.hidden.device)]
+
+    def lengths_of(self, rows: Sequence[int]) -> list[int] | None:
+        return None if self.lengths is None else [self.lengths[row] for row in rows]
 
 
 def prompts_of(heard: Heard, settings: DecodeSettings) -> list[list[int]]:
@@ -67,9 +71,11 @@ def answers(heard: Heard, settings: DecodeSettings, *, timed: bool) -> list[Tran
         found = with_phrases(heard, prompts, found, chosen, settings)
 
     def starts(rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[list[float]]:
-        lengths = [heard.seconds[row] for row in rows]
+        seconds = [heard.seconds[row] for row in rows]
         with heard.speaking(rows):
-            return token_starts(model, heard.some(rows), [prompts[row] for row in rows], texts, lengths)
+            return token_starts(
+                model, heard.some(rows), [prompts[row] for row in rows], texts, seconds, heard.lengths_of(rows)
+            )
 
     first = heard.tokenizer.find("<|0.00|>") if settings.times != "none" else None
     said = transcripts(
@@ -95,6 +101,7 @@ def _decode(heard: Heard, prompts: list[list[int]], settings: DecodeSettings, ti
                 temperature=temperature,
                 max_new_tokens=settings.max_new_tokens,
                 scores=settings.scores or settings.times != "none" or len(settings.temperatures) > 1,
+                lengths=heard.lengths_of(rows),
             )
 
     def text(decoded: Decoded) -> str:
@@ -121,6 +128,7 @@ def with_phrases(
             heard.some(rows),
             [prompts[row] for row in rows],
             [chosen[row].ids for row in rows],
+            heard.lengths_of(rows),
         )
     answers = list(found)
     for row, decoded in zip(rows, scored, strict=True):
@@ -139,11 +147,11 @@ def timestamp_share(heard: Heard, settings: DecodeSettings) -> torch.Tensor | No
         return None
     prompt = torch.tensor([ids[:-1] for ids in prompts_of(heard, settings)], device=heard.hidden.device)
     with heard.speaking(range(len(prompt))):
-        decoder = Decoder(model, heard.hidden, prompt.shape[1])
+        decoder = Decoder(model, heard.hidden, prompt.shape[1], heard.lengths)
         return decoder.logits(decoder(prompt)[:, -1]).softmax(dim=-1)[:, first:].sum(dim=-1)
 
 
-def detect_languages(whisper: Whisper, hidden: torch.Tensor) -> list[str]:
+def detect_languages(whisper: Whisper, hidden: torch.Tensor, lengths: Sequence[int] | None = None) -> list[str]:
     """The most probable language of each row of encoder output [batch, positions, d_model]."""
     model = unwrap(whisper.model)
     table: dict[str, int] | None = getattr(model.generation_config, "lang_to_id", None)
@@ -155,6 +163,6 @@ def detect_languages(whisper: Whisper, hidden: torch.Tensor) -> list[str]:
         )
     tokens, ids = list(table), torch.tensor(list(table.values()), device=hidden.device)
     start = torch.full((len(hidden), 1), model.generation_config.decoder_start_token_id, device=hidden.device)
-    decoder = Decoder(model, hidden, 1)
+    decoder = Decoder(model, hidden, 1, lengths)
     logits = decoder.logits(decoder(start)[:, -1])
     return [tokens[i].strip("<|>") for i in logits[:, ids].argmax(dim=-1).tolist()]

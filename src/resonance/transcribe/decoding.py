@@ -41,11 +41,16 @@ def one_voice(_rows: Sequence[int]) -> AbstractContextManager[None]:
 class Decoder:
     """The decoder layers of one Whisper, LoRA and all, over the keys and values kept for one batch.
 
-    hidden: the encoder's output [rows, positions, d_model]; `most`: tokens there will be at most.
+    hidden: the encoder's output [rows, positions, d_model]; `most`: tokens there will be at most; `lengths`: how many positions
+    of each row there are, where the others only fill up. None: all are.
     """
 
-    def __init__(self, whisper: Any, hidden: torch.Tensor, most: int) -> None:
+    def __init__(self, whisper: Any, hidden: torch.Tensor, most: int, lengths: Sequence[int] | None = None) -> None:
         self.whisper = whisper
+        self.audible: torch.Tensor | None = None  # [rows, 1, 1, positions]
+        if lengths is not None and min(lengths) < hidden.shape[1]:
+            there = torch.tensor(lengths, device=hidden.device)[:, None]
+            self.audible = (torch.arange(hidden.shape[1], device=hidden.device) < there)[:, None, None]
         self.layers = whisper.model.decoder.layers
         self.length = 0
         heads, width = self.layers[0].self_attn.num_heads, self.layers[0].self_attn.head_dim
@@ -73,7 +78,7 @@ class Decoder:
             values[:, :, start:end] = _heads(own.v_proj(normed), own.num_heads)
             state = state + _attend(own, normed, keys[:, :, :end], values[:, :, :end], mask)
             normed = layer.encoder_attn_layer_norm(state)
-            state = state + _attend(layer.encoder_attn, normed, heard_keys, heard_values, None)
+            state = state + _attend(layer.encoder_attn, normed, heard_keys, heard_values, self.audible)
             state = state + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(state))))
         return decoder.layer_norm(state)  # type: ignore[no-any-return]
 
@@ -86,6 +91,7 @@ class Decoder:
         keep_rows(self.whisper, rows)
         self.kept = [(keys[rows], values[rows]) for keys, values in self.kept]
         self.heard = [(keys[rows], values[rows]) for keys, values in self.heard]
+        self.audible = None if self.audible is None else self.audible[rows]
 
 
 def _heads(states: torch.Tensor, heads: int) -> torch.Tensor:
@@ -101,9 +107,9 @@ def _attend(
     return attention.out_proj(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def most_tokens(whisper: Any, hidden: torch.Tensor, prompt_length: int, max_length: int | None = None) -> int:
-    """Tokens, prompt included, that are written at most for encoder outputs [rows, positions, d_model]."""
-    most = int(hidden.shape[1] * TIMESTAMP_STEP_SECONDS * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
+def most_tokens(whisper: Any, positions: int, prompt_length: int, max_length: int | None = None) -> int:
+    """Tokens, prompt included, that are written at most for a clip of so many encoder positions."""
+    most = int(positions * TIMESTAMP_STEP_SECONDS * TOKENS_PER_SECOND) + TOKENS_AT_LEAST
     return int(min(prompt_length + most, max_length or whisper.config.max_target_positions))
 
 
@@ -159,21 +165,28 @@ def generate(
     scores: bool = False,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
+    lengths: Sequence[int] | None = None,
     by_transformers: bool = False,
 ) -> list[Decoded]:
     """Write the text of each row of hidden [rows, positions, d_model], after prompts that are equally long.
+
+    lengths: positions of each row, where the others only fill up; not for beams.
 
     Above temperature 0 tokens are drawn, the same ones each time and in every batch. `num_beams` counts at temperature 0 only.
     With `scores`, the probability of each token and of silence too; for beams they take another pass.
     `by_transformers`: where the layers have to be called whole because their weights lie in parts (ZeRO-3, FSDP).
     """
     prompt = torch.tensor(prompts, device=hidden.device)
-    most = most_tokens(whisper, hidden, prompt.shape[1], max_length)
-    most = min(most, prompt.shape[1] + max_new_tokens) if max_new_tokens else most
+    positions = lengths or [hidden.shape[1]] * len(hidden)
+    most = [most_tokens(whisper, count, prompt.shape[1], max_length) for count in positions]
+    if max_new_tokens:
+        most = [min(each, prompt.shape[1] + max_new_tokens) for each in most]
     if (num_beams > 1 or by_transformers) and not temperature:
-        found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, most)
+        if set(positions) != {hidden.shape[1]}:
+            raise ValueError("beams need rows of equal lengths: transformers' decoder hears whatever fills up")
+        found = _by_transformers(whisper, hidden, prompt, num_beams, timestamps, most[0])
         return score(whisper, hidden, prompts, found) if scores else [Decoded(ids, [], None) for ids in found]
-    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, most, scores)
+    return _one_by_one(whisper, hidden, prompt, timestamps, temperature, most, scores, lengths)
 
 
 def _one_by_one(
@@ -182,10 +195,11 @@ def _one_by_one(
     prompt: torch.Tensor,
     timestamps: bool,
     temperature: float,
-    most: int,
+    most: list[int],
     scores: bool,
+    lengths: Sequence[int] | None,
 ) -> list[Decoded]:
-    """Greedily, or drawn at a temperature."""
+    """Greedily, or drawn at a temperature. most: tokens of each row, prompt included."""
     stock = whisper.generation_config
     end = stock.eos_token_id
     rules = [_time_rules(stock, prompt.shape[1])] if timestamps else []
@@ -194,7 +208,7 @@ def _one_by_one(
     not_first = _ids(getattr(stock, "begin_suppress_tokens", None), vocabulary, hidden.device)
     chances = [torch.Generator().manual_seed(0) for _row in prompt]  # each row's own: what is drawn depends on no other
 
-    decoder = Decoder(whisper, hidden, most)
+    decoder = Decoder(whisper, hidden, max(most), lengths)
     state = decoder(prompt)
     silence: list[float | None] = [None] * len(prompt)
     if scores:
@@ -203,6 +217,7 @@ def _one_by_one(
     written: list[list[int]] = [[] for _row in prompt]
     log_probs: list[list[float]] = [[] for _row in prompt]
     sequences, running = prompt, torch.ones(len(prompt), dtype=torch.bool, device=hidden.device)
+    limits = torch.tensor(most, device=hidden.device)
     while True:
         logits = decoder.logits(state[:, -1])
         logits[:, never] = -torch.inf
@@ -225,15 +240,15 @@ def _one_by_one(
         for row, token, runs in zip(alive.tolist(), chosen.tolist(), running.tolist(), strict=True):
             if runs:
                 written[row].append(token)
-        running = running & chosen.ne(end)
         sequences = torch.cat([sequences, chosen[:, None]], dim=1)
+        running = running & chosen.ne(end) & (limits > sequences.shape[1])
         left = int(running.sum())
-        if not left or sequences.shape[1] >= most:
+        if not left:
             break
         if left <= len(running) // 2:  # a shorter batch pays for the copy
             rows = running.nonzero()[:, 0]
             decoder.keep(rows)
-            alive, sequences, running = alive[rows], sequences[rows], running[rows]
+            alive, sequences, running, limits = alive[rows], sequences[rows], running[rows], limits[rows]
         state = decoder(sequences[:, -1:])
     return [
         Decoded(ids[:-1] if ids[-1] == end else ids, probs, quiet, temperature)
@@ -277,14 +292,18 @@ def _by_transformers(
 
 @torch.inference_mode()
 def score(
-    whisper: Any, hidden: torch.Tensor, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+    whisper: Any,
+    hidden: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    lengths: Sequence[int] | None = None,
 ) -> list[Decoded]:
     """Texts of tokens with the probability that the model gives each, and the end after it, in one pass."""
     end = whisper.generation_config.eos_token_id
     longest = max(map(len, texts))
     rows = [[*prompt, *text, *[end] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)]
     ids = torch.tensor(rows, device=hidden.device)
-    decoder = Decoder(whisper, hidden, ids.shape[1])
+    decoder = Decoder(whisper, hidden, ids.shape[1], lengths)
     state = decoder(ids)
     prompt = ids[:, : len(prompts[0])]
     silence = no_speech_probability(decoder.logits(state[:, _start(whisper, prompt)]), whisper.generation_config)

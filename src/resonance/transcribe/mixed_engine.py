@@ -1,7 +1,8 @@
 """The PyTorch engine for many people: a batch in which every row has its own adapter, language, prompt and beams.
 
-What a row becomes does not depend on the others: all of a batch have the audio context that each would have alone, and
-nothing is decided by vote.
+What a row becomes does not depend on the others: each is encoded at the audio context that it would have alone, its decoder
+hears nothing of what fills up shorter rows, and nothing is decided by vote. The encoder computes at full speed on one clip; what
+a batch saves is in the decoder, where clips of different contexts meet.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from resonance.transcribe.answers import WRITES_TIMES, Heard, answers, detect_la
 from resonance.transcribe.decoding import encode
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.units import SAMPLE_RATE
+
+# Of less than half of its positions, a row of a batch would only fill up.
+BATCH_POSITIONS = (94, 188, 375, 750, 1500)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,13 @@ class MixedRecognizer:
         return found
 
     def positions(self, samples: int, adapter: LoadedAdapter | None) -> int:
-        """Encoder positions for a clip of so many samples at 16 kHz. Only clips of equal positions share a batch."""
+        """Encoder positions for a clip of so many samples at 16 kHz."""
         return self._context(adapter).positions(samples / SAMPLE_RATE)
+
+    def batch_positions(self, samples: int, adapter: LoadedAdapter | None) -> int:
+        """The same rounded up to one of few: clips for which it is equal are best decoded together."""
+        own = self.positions(samples, adapter)
+        return min(next((size for size in BATCH_POSITIONS if size >= own), own), self.whisper.window_positions)
 
     def best_clip_seconds(self, adapter: LoadedAdapter | None) -> float:
         """The longest clip that is decoded well at once."""
@@ -105,41 +114,41 @@ class MixedRecognizer:
         return list(self.whisper.tokenizer.encode(text, add_special_tokens=False))
 
     def transcribe(self, rows: Sequence[Row]) -> list[Transcript]:
-        """Transcripts in the order of the rows, whose `positions` must be equal."""
+        """Transcripts in the order of the rows."""
         if not rows:
             return []
-        # Next to each other, rows of the same adapter go through it together.
-        order = sorted(range(len(rows)), key=lambda i: id(rows[i].adapter))
-        found = self._transcribe([rows[i] for i in order])
+        # Next to each other, rows of the same context and of the same adapter go through the layers together.
+        lengths = [self.positions(len(row.audio), row.adapter) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (lengths[i], id(rows[i].adapter)))
+        found = self._transcribe([rows[i] for i in order], [lengths[i] for i in order])
         return [found[order.index(i)] for i in range(len(rows))]
 
-    def _transcribe(self, rows: list[Row]) -> list[Transcript]:
-        (positions,) = {self.positions(len(row.audio), row.adapter) for row in rows}
+    def _transcribe(self, rows: list[Row], lengths: list[int]) -> list[Transcript]:
         voices = [row.adapter for row in rows]
         seconds = [len(row.audio) / SAMPLE_RATE for row in rows]
-        features = features_at([row.audio for row in rows], positions, self.whisper.n_mels)
         found: dict[int, Transcript] = {}
         with torch.inference_mode():
-            with self.mixture.speaking(voices):
-                hidden = encode(self.whisper.model, features)
-            languages = self._languages(hidden, rows)
+            hidden = self._encode(rows, lengths)
+            languages = self._languages(hidden, rows, lengths)
 
             def heard(some: Sequence[int], task: str) -> Heard:
                 index = torch.tensor(list(some), device=hidden.device)
+                longest = max(lengths[i] for i in some)
 
                 def speaking(part: Sequence[int]) -> AbstractContextManager[None]:
                     return self.mixture.speaking([voices[some[i]] for i in part])
 
                 return Heard(
                     self.whisper,
-                    hidden[index],
+                    hidden[index, :longest],
                     [seconds[i] for i in some],
                     [languages[i] for i in some],
                     task,
                     speaking,
+                    [lengths[i] for i in some],
                 )
 
-            for (settings, task), same in grouped(self._how(row) for row in rows).items():
+            for (settings, task, _length), same in grouped(map(self._how, rows, lengths)).items():
                 share = timestamp_share(heard(same, task), settings)
                 writes = [False] * len(same) if share is None else (share > WRITES_TIMES).tolist()
                 for timed in (False, True):
@@ -148,11 +157,25 @@ class MixedRecognizer:
                         found.update(zip(some, answers(heard(some, task), settings, timed=timed), strict=True))
         return [found[i] for i in range(len(rows))]
 
-    def _how(self, row: Row) -> tuple[DecodeSettings, str]:
-        """What rows that are decoded in one go have in common. Languages are in the prompts, which are equally long."""
-        return replace(row.settings, language=None, task=None), self._task(row.settings, row.adapter)
+    def _encode(self, rows: Sequence[Row], lengths: Sequence[int]) -> torch.Tensor:
+        """[rows, positions, d_model], zero behind the positions of each row."""
+        parts = []
+        for length, same in grouped(lengths).items():
+            features = features_at([rows[i].audio for i in same], length, self.whisper.n_mels)
+            with self.mixture.speaking([rows[i].adapter for i in same]):
+                hidden = encode(self.whisper.model, features)
+            parts.append(torch.nn.functional.pad(hidden, (0, 0, 0, max(lengths) - length)))
+        return torch.cat(parts)  # the rows come sorted by length
 
-    def _languages(self, hidden: torch.Tensor, rows: Sequence[Row]) -> list[str | None]:
+    def _how(self, row: Row, length: int) -> tuple[DecodeSettings, str, int | None]:
+        """What rows that are decoded in one go have in common. Languages are in the prompts, which are equally long.
+
+        Beams and phrases go through transformers' decoder, which hears whatever fills up.
+        """
+        alike = length if row.settings.num_beams > 1 or row.settings.phrases else None
+        return replace(row.settings, language=None, task=None), self._task(row.settings, row.adapter), alike
+
+    def _languages(self, hidden: torch.Tensor, rows: Sequence[Row], lengths: Sequence[int]) -> list[str | None]:
         """Of each row, found out with its own adapter where nobody says it."""
         if not self.whisper.multilingual:
             return [None] * len(rows)
@@ -161,8 +184,9 @@ class MixedRecognizer:
         if unknown:
             with self.mixture.speaking([rows[i].adapter for i in unknown]):
                 index = torch.tensor(unknown, device=hidden.device)
-                for i, language in zip(unknown, detect_languages(self.whisper, hidden[index]), strict=True):
-                    languages[i] = language
+                heard = detect_languages(self.whisper, hidden[index], [lengths[i] for i in unknown])
+            for i, language in zip(unknown, heard, strict=True):
+                languages[i] = language
         return languages
 
     def _info(self, adapter: LoadedAdapter | None) -> adapters.Info | None:

@@ -23,24 +23,26 @@ def token_starts(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     seconds: Sequence[float],
+    lengths: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """Seconds at which each token of each text begins, and the last one ends: one more than tokens.
 
     hidden: [rows, positions, d_model]; prompts: equally long, with `<|notimestamps|>`; texts: without timestamps; seconds:
-    of each clip, without the silence behind it, in which nothing can be said.
+    of each clip, without the silence behind it, in which nothing can be said; lengths: positions of each row, where the
+    others only fill up.
     """
     longest = max(map(len, texts))
     end = whisper.generation_config.eos_token_id
     rows = [[*prompt, *text, *[end] * (longest - len(text))] for prompt, text in zip(prompts, texts, strict=True)]
     ids = torch.tensor(rows, device=hidden.device)
-    decoder = Decoder(whisper, hidden, ids.shape[1])
+    decoder = Decoder(whisper, hidden, ids.shape[1], lengths)
     heads = alignment_heads(whisper)
     with attended(whisper, sorted({layer for layer, _head in heads})) as queries:
         decoder(ids)
     first = len(prompts[0]) - 1  # the state at `<|notimestamps|>` looks for the first token
     found = []
     for row, (text, length) in enumerate(zip(texts, seconds, strict=True)):
-        positions = min(max(round(length * POSITIONS_PER_SECOND), 1), hidden.shape[1])
+        positions = min(max(round(length * POSITIONS_PER_SECOND), 1), lengths[row] if lengths else hidden.shape[1])
         asked = slice(0, first + len(text) + 1)
         scores = [
             queries[layer][row, head, asked].float() @ decoder.heard[layer][0][row, head, :positions].float().T
