@@ -57,7 +57,8 @@ def serve(config: ServeConfig) -> int:
 def bind(config: ServeConfig) -> socket.socket:
     """A socket that waits for connections. Raises ResonanceError where the port is taken or the address is not ours."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named: else /health took 45 ms instead of 0.6.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name != "nt":  # on Windows it would let two services share a port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
