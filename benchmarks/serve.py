@@ -30,10 +30,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from made_up_adapter import make_adapter
-
 import machine
 import made_up
+from made_up_adapter import make_adapter
 
 DEMO = machine.REPOSITORY / "src" / "resonance" / "demo_speaker" / "labels.json"
 PROMPT_TOKENS = 4

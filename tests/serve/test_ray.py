@@ -122,7 +122,7 @@ def cluster(
     command += ["--adapters", "adapters", "--tokens", "tokens.json", "--port", "0"]  # as from the command line
     command += [f"--min_replicas={COPIES}", f"--max_replicas={COPIES}", "--requests_per_minute=100000"]
     command += ["--temperature_increment_on_fallback=0", "--device=cpu", "--refresh_seconds=600", "--drain_seconds=5"]
-    command += ["--max_upload_mb=2"]
+    command += ["--max_upload_mb=2", "--batch_size=4"]
     environment = {**os.environ, "RAY_ADDRESS": "", "RESONANCE_LANG": "en"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -137,7 +137,7 @@ def cluster(
                 break
         found = re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))
         assert found, "".join(lines) + (folder / "log").read_text()[-3000:]
-        with httpx.Client(base_url=found[0], headers={"Authorization": f"Bearer {secret}"}, timeout=60) as http:
+        with httpx.Client(base_url=found[0], headers={"Authorization": f"Bearer {secret}"}, timeout=120) as http:
             running = Cluster(process, http, found[0], folder / "adapters", CLIP.read_bytes())
             running.wait(lambda: http.get("/health").status_code == 200)
             yield running
@@ -217,6 +217,18 @@ def test_a_client_that_leaves_is_taken_out_of_the_copy(cluster: Cluster) -> None
     cluster.wait(lambda: sum(cluster.figures("dropped_windows_total").values()) > before)
     assert not cluster.figures("failed_windows_total") or not sum(cluster.figures("failed_windows_total").values())
     assert cluster.ask("p5").status_code == 200
+
+
+def test_more_than_the_copies_take_is_refused_and_they_stay_healthy(cluster: Cluster) -> None:
+    with ThreadPoolExecutor(140) as pool:
+        asked = [pool.submit(cluster.ask, PEOPLE[i % 8]) for i in range(140)]
+        health = [cluster.http.get("/health").status_code for _ in range(5)]
+        answers = [one.result() for one in asked]
+    assert {*health} == {200}
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["Retry-After"]) >= 1 and refused.json()["error"]["code"] == "too_busy"
+    assert cluster.http.get("/ready").status_code == 200
 
 
 def test_a_microphone_is_heard_through_ray(cluster: Cluster) -> None:

@@ -41,7 +41,7 @@ class RemoteService:
         self._copies = copies
         self._tokenizer: Any = None
         self._asking: asyncio.Task[None] | None = None
-        self._about: About | None = None
+        self._loaded = False
         self._silent = False
         self._draining = False
 
@@ -49,7 +49,7 @@ class RemoteService:
     def state(self) -> State:
         if self._draining:
             return State("draining", _("The service is about to stop."))
-        if self._about is None:
+        if not self._loaded:
             return State("loading", _("The model is being loaded."))
         if self._silent:
             return State("broken", _("No copy of the model answers."))
@@ -69,17 +69,22 @@ class RemoteService:
     async def _ask_again(self) -> None:
         while True:
             try:
-                found = await self._call("about", None, time.monotonic() + self.config.ready_seconds)
-                self._about, self._silent = found, False
-                self.base_name, self.base_fingerprint = found.base_name, found.base_fingerprint
-                asked = self._copies.broadcast("figures")
-                told = await asked.results_async(timeout_s=self.config.ready_seconds, return_exceptions=True)
-                self.metrics.copies = dict(one for one in told if isinstance(one, tuple))
-            except ServiceError:
-                self._silent = True
-            except Exception as error:  # of Ray's: one round is lost
+                told = [one for one in await self._all("about", self.config.ready_seconds) if isinstance(one, About)]
+            except Exception as error:  # of Ray's
                 log.warning("asking the copies of the model: %s", type(error).__name__)
+                told = []
+            self._silent = not told
+            if told:
+                self._loaded = True
+                self.base_name, self.base_fingerprint = told[0].base_name, told[0].base_fingerprint
+                self.metrics.copies = {one.copy: one.figures for one in told}
             await asyncio.sleep(ASK_SECONDS)
+
+    async def _all(self, name: str, seconds: float, *given: Any) -> list[Any]:
+        """What each copy says, or the exception in its place. Does not wait behind recordings."""
+        response = self._copies.broadcast(name, *given)
+        found: list[Any] = await response.results_async(timeout_s=seconds, return_exceptions=True)
+        return found
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
         """Raises ServiceError."""
@@ -113,7 +118,9 @@ class RemoteService:
     async def check(self) -> None:
         """Raises ServiceError where no copy answers a tiny question in time."""
         self._refuse_unless_ready()
-        await self._call("check", None, time.monotonic() + self.config.ready_seconds)
+        told = await self._all("check", self.config.ready_seconds + GRACE_SECONDS)
+        if None not in told:
+            raise next((one.error() for one in told if isinstance(one, Refusal)), _lost_copy())
 
     async def put_adapter(self, patient: str, folder: Path) -> VersionInfo:
         """Checked by a copy, which puts it into the store. All copies answer with it from now on."""
@@ -137,19 +144,20 @@ class RemoteService:
 
     async def _change(self, name: str, patient: str, *given: Any) -> Any:
         self._refuse_unless_ready()
-        found = await self._call(name, patient, time.monotonic() + CHANGE_SECONDS, patient, *given)
+        # Once: back twice would be too far.
+        found = await self._call(name, patient, time.monotonic() + CHANGE_SECONDS, patient, *given, attempts=1)
         with contextlib.suppress(Exception):  # a copy that does not hear of it looks by itself
-            await self._copies.broadcast("changed", patient).results_async(timeout_s=ASK_SECONDS)
+            await self._all("changed", ASK_SECONDS, patient)
         return found
 
-    async def _call(self, name: str, patient: str | None, until: float, *given: Any) -> Any:
+    async def _call(self, name: str, patient: str | None, until: float, *given: Any, attempts: int = ATTEMPTS) -> Any:
         """The answer of a copy, preferably of one that has the patient's adapter. Another is asked where one dies over it."""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             response = self._method(name, patient).remote(*given)
             try:
                 answer = await asyncio.wait_for(_answer(response), _left(until) + GRACE_SECONDS)
             except _lost() as error:
-                if attempt + 1 == ATTEMPTS:
+                if attempt + 1 == attempts:
                     raise _lost_copy() from error
             except _full() as error:
                 raise _too_much() from error

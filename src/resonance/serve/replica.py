@@ -61,10 +61,12 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What the front has to know of the model."""
+    """What a copy says of itself."""
 
+    copy: str  # a name for it
     base_name: str
     base_fingerprint: str
+    figures: bytes  # in Prometheus's text format
 
 
 class Replica:
@@ -89,12 +91,8 @@ class Replica:
             raise RuntimeError(state.reason)
 
     async def about(self) -> About:
-        return About(self.service.base_name, self.service.base_fingerprint)
-
-    async def figures(self) -> tuple[str, bytes]:
-        """A name for this copy, and its figures in Prometheus's text format."""
         content, _type = self.service.metrics.exposition()
-        return self.name, content
+        return About(self.name, self.service.base_name, self.service.base_fingerprint, content)
 
     async def changed(self, patient: str) -> None:
         """The person's adapter is another now. Read before this returns, it answers whoever asks afterwards."""
