@@ -20,6 +20,7 @@ from resonance.config_help import description, expected
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_sagemaker import SubmitConfig
+from resonance.config_serve import ServeConfig
 from resonance.config_types import Switch
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -54,7 +55,7 @@ TAIL = """
 
 | code | meaning |
 |---|---|
-| 0 | all is well |
+| 0 | all is well; of `resonance serve`: it was told to stop, and all that was under way was answered |
 | 1 | recordings, a model or the machine are at fault, or something was found that would be lost |
 | 2 | the command line or a configuration file is at fault |
 | 130, 143 | stopped by Ctrl-C, or by the system; what can be saved has been saved |
@@ -78,6 +79,7 @@ def page() -> str:
         (TrainConfig, "train"),
         (EvaluateConfig, "evaluate"),
         (TranscribeConfig, "transcribe"),
+        (ServeConfig, "serve"),
         (ExportConfig, "export"),
     ):
         parts += settings(model, f"resonance {name}")

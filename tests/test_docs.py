@@ -20,6 +20,7 @@ from resonance.config_io import load_yaml, parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_sagemaker import SubmitConfig
+from resonance.config_serve import ServeConfig
 from resonance.data.formats import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ MODELS = {
     "evaluate": EvaluateConfig,
     "transcribe": TranscribeConfig,
     "export": ExportConfig,
+    "serve": ServeConfig,
     "submit": SubmitConfig,
 }
 

@@ -16,6 +16,7 @@ from resonance.config_export import ExportConfig
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
 from resonance.config_sagemaker import SubmitConfig
+from resonance.config_serve import ServeConfig
 
 SOURCE = Path(messages.__file__).parent
 
@@ -30,7 +31,16 @@ def literals() -> Iterator[tuple[str, str]]:
                     yield where, node.args[0].value
                 else:  # only the help of settings, which comes below
                     assert path.name == "config_help.py", f"{where}: _() takes a literal"
-    for model in (TrainConfig, PlanConfig, CurveConfig, EvaluateConfig, TranscribeConfig, ExportConfig, SubmitConfig):
+    for model in (
+        TrainConfig,
+        PlanConfig,
+        CurveConfig,
+        EvaluateConfig,
+        TranscribeConfig,
+        ExportConfig,
+        ServeConfig,
+        SubmitConfig,
+    ):
         yield from ((model.__name__, " ".join(paragraph.split())) for paragraph in (model.__doc__ or "").split("\n\n"))
         yield from ((model.__name__, title) for title in model.groups.values())
         for name, field in model.model_fields.items():

@@ -12,7 +12,8 @@ SCRIPT = """
 import json, sys
 from resonance.cli import run
 codes = [run(command) for command in json.loads(sys.argv[1])]
-heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer", "boto3", "sagemaker", "fastapi"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "datasets", "av", "jiwer", "boto3", "sagemaker", "fastapi", "uvicorn"}
+heavy &= set(sys.modules)
 print(json.dumps([codes, sorted(heavy)]))
 """
 
@@ -21,7 +22,7 @@ print(json.dumps([codes, sorted(heavy)]))
     ("commands", "code"),
     [
         ([["--help"], ["--version"]], 0),
-        ([[name, "--help"] for name in ("train", "evaluate", "transcribe")], 0),
+        ([[name, "--help"] for name in ("train", "evaluate", "transcribe", "serve")], 0),
         ([["data", name, "--help"] for name in ("check", "convert", "split")], 0),
         ([["sagemaker", name, "--help"] for name in ("submit", "status", "logs", "download")], 0),
         ([["token", name, "--help"] for name in ("create", "list", "revoke")], 0),

@@ -20,6 +20,7 @@ from resonance.config_export import ExportConfig
 from resonance.config_io import parse
 from resonance.config_plan import PlanConfig
 from resonance.config_recognizer import EvaluateConfig, TranscribeConfig
+from resonance.config_serve import ServeConfig
 from resonance.errors import (
     ConfigError,
     ElsewhereError,
@@ -161,6 +162,7 @@ def overview() -> str:
         ("train", _("fine-tune Whisper on recordings and their transcripts")),
         ("evaluate", _("compare the result with the model it was made from, on held-out recordings")),
         ("transcribe", _("turn recordings into text")),
+        ("serve", _("answer other programs over HTTP, each person with the model of their voice")),
         ("export", _("write the result for other programs: faster-whisper, whisper.cpp, Hugging Face")),
         ("curve", _("train on 10, 30, 50, 100 recordings: would recording more help?")),
         ("demo", _("the whole way on recordings that come with it, offline, in minutes")),
@@ -263,6 +265,13 @@ def transcribe(argv: list[str]) -> int:
     return transcribe_to_output(config)
 
 
+def serve(argv: list[str]) -> int:
+    config = parse(ServeConfig, argv, "resonance serve")
+    from resonance.serve.command import serve
+
+    return serve(config)
+
+
 def export(argv: list[str]) -> int:
     config = parse(ExportConfig, argv, "resonance export")
     from resonance.export.command import export
@@ -357,6 +366,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan,
     "evaluate": evaluate,
     "transcribe": transcribe,
+    "serve": serve,
     "export": export,
     "curve": curve,
     "demo": demo,

@@ -20,6 +20,7 @@ from resonance.serve.admission import Place
 from resonance.serve.batcher import Batcher, Engine
 from resonance.serve.decode_pool import AudioDecoder
 from resonance.serve.faults import ServiceError
+from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
 from resonance.serve.until import Until
@@ -67,6 +68,7 @@ class Hearing:
     decoder: AudioDecoder
     threads: Threads
     language: str | None  # spoken where neither the request nor the adapter says
+    kept: KeptAudio | None = None  # where recordings are kept; None: nowhere
 
     async def hear(
         self, request: SpeechRequest, place: Place, until: Until
@@ -92,6 +94,7 @@ class Hearing:
                 return rows[-1]
 
             most = self.engine.best_clip_seconds(adapter)
+            to_keep = decoded.samples if self.kept is not None and request.may_keep else None
             warning, cutting = decoded.warning, self._cut(windows(_blocks(decoded.samples), most), submit, until)
             del decoded  # a long recording's samples go as they are heard
             async with contextlib.aclosing(cutting) as cut:
@@ -102,7 +105,13 @@ class Hearing:
                     for piece in put(heard=heard[-1:]).segments:
                         yield piece
             voice = Voice(adapter.name, adapter.version, adapter.fingerprint) if adapter else None
-            yield Answer(put(heard=heard, error=warning), voice, self.engine.fingerprint)
+            answer = Answer(put(heard=heard, error=warning), voice, self.engine.fingerprint)
+            if self.kept is not None and to_keep is not None:
+                keep = functools.partial(
+                    self.kept.keep, to_keep, answer, account=request.account, patient=request.patient
+                )
+                await asyncio.wrap_future(self.threads.read(keep))
+            yield answer
 
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
         if isinstance(request.audio, Upload):

@@ -24,6 +24,7 @@ from resonance.serve.batcher import Batcher, Engine, broken, not_ready
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
 from resonance.serve.faults import ServiceError
 from resonance.serve.hearing import Hearing, Threads, no_adapters
+from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, SpeechRequest, Upload
@@ -68,9 +69,10 @@ class Service:
         metrics: Metrics,
         *,
         load: Callable[[], tuple[Engine, AdapterPool | None]] | None = None,
+        kept: KeptAudio | None = None,
     ) -> None:
         self.config, self.metrics, self.pool = config, metrics, pool
-        self._engine, self._decoder, self._load = engine, decoder, load
+        self._engine, self._decoder, self._load, self._kept = engine, decoder, load, kept
         self._loaded: Hearing | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None  # why there is no model
@@ -91,6 +93,8 @@ class Service:
         """Take up work. Given an engine, the service is ready or broken when this returns; else it may be loading."""
         self._ended = asyncio.get_running_loop().create_future()
         self._loading = asyncio.create_task(self._make_ready())
+        if self._kept is not None:
+            self._kept.start()
         if self._engine is not None:
             await self._loading
 
@@ -154,6 +158,8 @@ class Service:
             self._loaded.batcher.close(_draining)
             await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
         self._threads.close()
+        if self._kept is not None:
+            await asyncio.to_thread(self._kept.close)
         await self._decoder.close()
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
@@ -230,7 +236,9 @@ class Service:
             await asyncio.wrap_future(batcher.check())
             if self.pool is not None:
                 self.metrics.watch_pool(self.pool.stats)
-            self._loaded = Hearing(engine, self.pool, batcher, self._decoder, self._threads, self.config.language)
+            self._loaded = Hearing(
+                engine, self.pool, batcher, self._decoder, self._threads, self.config.language, self._kept
+            )
         except Exception as error:
             if not isinstance(error, ResonanceError):
                 log.exception("the model cannot be loaded")
@@ -300,7 +308,10 @@ class Service:
 
 
 def create_service(config: ServeConfig) -> Service:
-    """The service that the settings describe. Its model and its adapters are loaded when it is started."""
+    """The service that the settings describe. Its model and its adapters are loaded when it is started.
+
+    Raises ConfigError where recordings are to be kept and cannot be.
+    """
 
     def load() -> tuple[Engine, AdapterPool | None]:
         engine = load_mixed(config.model, device=config.device)
@@ -309,7 +320,7 @@ def create_service(config: ServeConfig) -> Service:
         store = AdapterStore(config.adapters)
         return engine, AdapterPool(store, engine, memory_bytes(config.adapter_memory), config.refresh_seconds)
 
-    return Service(config, None, None, audio_decoder(config), Metrics(), load=load)
+    return Service(config, None, None, audio_decoder(config), Metrics(), load=load, kept=KeptAudio.from_config(config))
 
 
 def _draining() -> ServiceError:

@@ -37,6 +37,7 @@ class SpeechRequest:
     skip_nonspeech: bool = True
     account: str  # who asks, for limits: the name of a token, or the client's address
     deadline: float  # on the clock of time.monotonic()
+    may_keep: bool = True  # where recordings are kept at all; not the beginnings of one that is still being spoken
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ class TimedText:
     confidence: float | None = None  # 0-1: geometric mean of its tokens' probabilities; None: not asked for
     words: tuple[Word, ...] = ()
     repetitive: bool = False  # the text repeats itself, at every temperature
+    temperature: float | None = None  # at which it was decoded; None: the engine does not say
+    no_speech_probability: float | None = None  # 0-1, of the clip it is in; None: not asked for
 
 
 @dataclass(frozen=True, slots=True)

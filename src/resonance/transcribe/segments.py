@@ -85,7 +85,15 @@ def transcripts(
             Transcript(
                 judged.text,
                 languages[row],
-                tuple(replace(segment, repetitive=judged.repetitive) for segment in segments),
+                tuple(
+                    replace(
+                        segment,
+                        repetitive=judged.repetitive,
+                        temperature=judged.decoded.temperature,
+                        no_speech_probability=judged.decoded.no_speech_probability,
+                    )
+                    for segment in segments
+                ),
                 judged.decoded.mean_log_prob,
                 judged.decoded.no_speech_probability,
                 judged.compression_ratio,

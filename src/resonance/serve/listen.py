@@ -1,0 +1,311 @@
+"""The WebSocket /listen: text while a person speaks.
+
+    client  {"type": "start", "patient_id": "anna", "language": "en", "sample_rate": 16000, "format": "pcm16"}
+    server  {"type": "ready", …}
+    client  binary messages with sound                       server  {"type": "partial", "text": …} now and then
+                                                             server  {"type": "final", "text": …} for each utterance
+    client  {"type": "end"}                                  server  {"type": "done", "text": all of it, …}, and closes
+
+What goes wrong is {"type": "error", "error": …} in the one shape, and the last message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from resonance.config_serve import ServeConfig
+from resonance.messages import _
+from resonance.serve import answers, fields
+from resonance.serve.asking import MEGABYTE
+from resonance.serve.auth import Auth, Caller
+from resonance.serve.faults import ServiceError
+from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
+from resonance.serve.outer import internal_error, log, where
+from resonance.serve.patients import check_patient_id
+from resonance.serve.routes_health import WAIT_SECONDS
+from resonance.serve.routes_transcribe import fallback_of, settings_of
+from resonance.serve.service import Service
+from resonance.serve.speech import Answer, SpeechRequest
+from resonance.serve.utterances import Utterance, Utterances
+from resonance.transcribe.recognizer import DecodeSettings
+from resonance.transcribe.segments import joined
+from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
+
+router = APIRouter()
+START_SECONDS = 10.0  # for the first message
+IDLE_SECONDS = 30.0  # without any message
+PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
+# WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
+CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
+
+
+class Start(BaseModel):
+    """The first message."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: str = Field(pattern="^start$")
+    token: str | None = Field(None, max_length=500)
+    patient_id: str | None = None
+    fallback: str | None = None
+    language: str | None = None
+    task: str | None = None
+    prompt: str | None = None
+    phrases: list[str] = []
+    phrases_only: bool = False
+    skip_nonspeech: bool = True
+    format: str = "pcm16"
+    sample_rate: int = SAMPLE_RATE
+
+
+@router.websocket("/listen")
+async def listen(socket: WebSocket) -> None:
+    await socket.accept()
+    state = socket.app.state
+    try:
+        await Session(socket, state.service, state.auth, state.config).run()
+        await socket.close()
+    except WebSocketDisconnect:
+        pass
+    except ServiceError as error:
+        await refuse(socket, error)
+    except Exception as error:
+        log.error("listen: %s at %s", type(error).__name__, where(error))
+        await refuse(socket, internal_error())
+
+
+async def refuse(socket: WebSocket, error: ServiceError) -> None:
+    body = error.body["error"] | ({} if error.retry_after is None else {"retry_after": error.retry_after})
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+        await socket.send_json({"type": "error", "status": error.status, "error": body})
+        await socket.close(CLOSE_CODES.get(error.status, 1011 if error.status >= 500 else 1008))
+
+
+class Session:
+    """One connection: one person, one stream of sound."""
+
+    def __init__(self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig) -> None:
+        self.socket, self.service, self.auth, self.config = socket, service, auth, config
+        self.audio: LiveAudio
+        self.settings: DecodeSettings
+        self.start: Start
+        self.patient: str | None
+        self.caller: Caller
+        self.fallback = False
+        self.utterances = Utterances(WINDOW_SECONDS)
+        self.text = ""
+        self.count = 0
+        self.seconds = 0.0  # heard so far
+        self.bytes = 0
+        self.last: Answer | None = None
+        self.partial: asyncio.Task[None] | None = None
+        self.partial_at = 0.0  # seconds heard when the last partial text began
+
+    async def run(self) -> None:
+        self.open(await self.first_message())
+        await self.socket.send_json({"type": "ready", "patient_id": self.patient})
+        try:
+            while (data := await self.next_data()) is not None:
+                self.audio.add(data)
+                await self.hear(await self.audio.take())
+            await self.hear(await self.audio.take(last=True))
+            if (rest := self.utterances.end()) is not None:
+                await self.finish(rest)
+            await self.stop_partial()
+            await self.socket.send_json(self.done())
+        finally:
+            self.socket.state.audio_seconds = self.seconds
+            self.audio.close()
+            await self.stop_partial()
+
+    async def first_message(self) -> Start:
+        try:
+            message = await asyncio.wait_for(self.socket.receive(), START_SECONDS)
+        except asyncio.TimeoutError:
+            raise ServiceError(
+                408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
+            ) from None
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        try:
+            return Start.model_validate_json(message.get("text") or "")
+        except ValidationError as error:
+            found = error.errors()[0]
+            name = ".".join(str(part) for part in found["loc"]) or "message"
+            raise ServiceError(
+                400,
+                "invalid_start",
+                _("{name} is not as it must be: {reason}.").format(name=fields.shown(name), reason=found["msg"]),
+                _("Send the JSON message of type start first."),
+                param=name[:100],
+            ) from None
+
+    def open(self, start: Start) -> None:
+        """Who asks, for whom and how. Raises ServiceError."""
+        header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
+        self.caller = self.auth.caller(header, self.socket.client.host if self.socket.client else "")
+        state = self.service.state
+        if state.status != "ready":
+            raise ServiceError(
+                503, state.status, state.reason, _("Ask again in a moment."), retry_after=WAIT_SECONDS[state.status]
+            )
+        self.patient = self.caller.patient if start.patient_id is None else check_patient_id(start.patient_id)
+        self.caller.allow(self.patient)
+        self.socket.state.account, self.socket.state.patient = self.caller.account, self.patient
+        # The same words mean the same as in a form.
+        given = {
+            name: [value]
+            for name in ("fallback", "language", "task", "prompt")
+            if (value := getattr(start, name)) is not None
+        }
+        if start.phrases:
+            given["phrases"] = [json.dumps(start.phrases)]
+        if start.phrases_only:
+            given["phrases_only"] = ["true"]
+        self.fallback = fallback_of(given, self.caller)
+        self.settings = settings_of(given, self.config)
+        self.audio = self.audio_of(start)
+        self.start = start
+
+    def audio_of(self, start: Start) -> LiveAudio:
+        if start.format == "opus":
+            return Opus(self.config.max_audio_seconds)
+        if start.format != "pcm16":
+            raise fields.wrong("format", start.format, _("It must be one of {choices}.").format(choices="pcm16, opus"))
+        if not FEWEST_RATE <= start.sample_rate <= MOST_RATE:
+            raise fields.wrong(
+                "sample_rate",
+                start.sample_rate,
+                _("It must be a whole number from {least} to {most}.").format(least=FEWEST_RATE, most=MOST_RATE),
+            )
+        return Pcm(start.sample_rate)
+
+    async def next_data(self) -> bytes | None:
+        """The next sound; None where the client has said that it was all."""
+        try:
+            message = await asyncio.wait_for(self.socket.receive(), IDLE_SECONDS)
+        except asyncio.TimeoutError:
+            raise ServiceError(
+                408,
+                "idle",
+                _("Nothing came for {seconds:g} seconds.").format(seconds=IDLE_SECONDS),
+                _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
+            ) from None
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        data: bytes | None = message.get("bytes")
+        if data is not None:
+            self.bytes += len(data)
+            if self.bytes > self.config.max_upload_mb * MEGABYTE:
+                raise ServiceError(
+                    413,
+                    "upload_too_large",
+                    _("More than {most:g} MB were sent.").format(most=self.config.max_upload_mb),
+                    _("Connect again for more."),
+                )
+            return data
+        if _is_end(message.get("text") or ""):
+            return None
+        raise ServiceError(
+            400,
+            "invalid_message",
+            _("This message is neither sound nor the end."),
+            _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
+        )
+
+    async def hear(self, samples: Any) -> None:
+        """Sound goes to its utterance; what is finished is said, and the one under way now and then."""
+        self.seconds += len(samples) / SAMPLE_RATE
+        if self.seconds > self.config.max_audio_seconds:
+            raise ServiceError(
+                413,
+                "audio_too_long",
+                _("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds),
+                _("Connect again for more."),
+            )
+        if not len(samples):
+            return
+        for utterance in self.utterances.add(samples):
+            await self.finish(utterance)
+        busy = self.partial is not None and not self.partial.done()
+        begun = None if busy else self.utterances.under_way
+        if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
+            self.partial_at = self.seconds
+            self.partial = asyncio.create_task(self.say_partial(begun))
+
+    async def say_partial(self, begun: Utterance) -> None:
+        """What the utterance under way sounds like so far. Where there is no time for it, nothing."""
+        quick = replace(self.settings, temperatures=(0.0,), num_beams=1)
+        with contextlib.suppress(ServiceError, RuntimeError, WebSocketDisconnect):
+            answer = await self.answer(begun, quick, may_keep=False)
+            if answer.result.text:
+                await self.socket.send_json(self.message("partial", begun, answer))
+
+    async def finish(self, utterance: Utterance) -> None:
+        """Say all of an utterance. Its partial texts are over."""
+        await self.stop_partial()
+        answer = self.last = await self.answer(utterance, self.settings)
+        if not answer.result.text:
+            return
+        self.text = joined(self.text, answer.result.text)
+        await self.socket.send_json(self.message("final", utterance, answer))
+        self.count += 1
+
+    async def answer(self, utterance: Utterance, settings: DecodeSettings, *, may_keep: bool = True) -> Answer:
+        return await self.service.transcribe(
+            SpeechRequest(
+                audio=utterance.audio,
+                patient=self.patient,
+                base_if_missing=self.fallback,
+                settings=settings,
+                skip_nonspeech=self.start.skip_nonspeech,
+                account=self.caller.account,
+                deadline=time.monotonic() + self.config.deadline_seconds,
+                may_keep=may_keep,
+            )
+        )
+
+    async def stop_partial(self) -> None:
+        task, self.partial = self.partial, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def message(self, kind: str, utterance: Utterance, answer: Answer) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "utterance": self.count,
+            "start": round(utterance.start, 3),
+            "end": round(utterance.start + len(utterance.audio) / SAMPLE_RATE, 3),
+            "text": answer.result.text,
+            "language": answer.result.language,
+            **answers.voice_of(answer),
+        }
+
+    def done(self) -> dict[str, Any]:
+        """The last message: all that was said."""
+        voice = {} if self.last is None else answers.voice_of(self.last)
+        return {
+            "type": "done",
+            "text": self.text,
+            "duration": round(self.seconds, 3),
+            "utterances": self.count,
+            **voice,
+        }
+
+
+def _is_end(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found == {"type": "end"}

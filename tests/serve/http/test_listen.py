@@ -1,0 +1,192 @@
+"""The WebSocket /listen: text while somebody speaks, all of it at the end, and refusals in the one shape."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from resonance.serve import listen
+from resonance.serve.utterances import UNSURE_SECONDS, Utterances
+
+START = {"type": "start", "patient_id": "bob", "language": "en"}
+END = json.dumps({"type": "end"})
+SECOND = 32_000  # bytes of PCM
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def pieces(data: bytes, size: int) -> Iterable[bytes]:
+    return (data[i : i + size] for i in range(0, len(data), size))
+
+
+def talk(running: Any, start: Any, sent: Iterable[bytes | str], *, token: str | None = "admin") -> list[dict[str, Any]]:
+    """All messages of the server, for these of the client. Raises nothing when the server closes."""
+    headers = {"Authorization": f"Bearer {running.tokens.get(token, token)}"} if token else {}
+    address = running.address.replace("http", "ws") + "/listen"
+    with connect(address, additional_headers=headers, open_timeout=60) as socket:
+        try:
+            socket.send(start if isinstance(start, str | bytes) else json.dumps(start))
+            for message in sent:
+                socket.send(message)
+        except ConnectionClosed:
+            pass
+        return list(received(socket))
+
+
+def received(socket: ClientConnection) -> Iterable[dict[str, Any]]:
+    try:
+        while True:
+            yield json.loads(socket.recv(timeout=60))
+    except ConnectionClosed:
+        return
+
+
+def kinds(messages: Iterable[dict[str, Any]]) -> list[str]:
+    return [message["type"] for message in messages]
+
+
+def test_each_utterance_is_said_when_it_is_over_and_the_last_message_holds_all(
+    running: Any, spoken: np.ndarray
+) -> None:
+    pause = np.zeros(2 * 16_000, np.float32)
+    sound = pcm(np.concatenate([spoken, pause, spoken[::-1], pause, spoken]))
+    heard = talk(running, START, [*pieces(sound, SECOND // 10), END])
+    assert heard[0] == {"type": "ready", "patient_id": "bob"} and heard[-1]["type"] == "done"
+    final = [message for message in heard if message["type"] == "final"]
+    assert len(final) == 3 and [message["utterance"] for message in final] == [0, 1, 2]
+    assert heard[-1]["text"] == " ".join(message["text"] for message in final) and heard[-1]["utterances"] == 3
+    assert heard[-1]["duration"] == pytest.approx(len(sound) / SECOND, abs=0.01)
+    for message in [*final, heard[-1]]:
+        assert message["adapter"]["patient_id"] == "bob"
+        assert message["base_fingerprint"] == running.service.base_fingerprint
+    times = [time for message in final for time in (message["start"], message["end"])]
+    assert times == sorted(times)
+
+
+def test_partial_texts_come_while_the_person_speaks(running: Any, spoken: np.ndarray) -> None:
+    headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
+    with connect(running.address.replace("http", "ws") + "/listen", additional_headers=headers) as socket:
+        socket.send(json.dumps(START))
+        assert json.loads(socket.recv(timeout=60))["type"] == "ready"
+        for piece in pieces(pcm(spoken), SECOND // 4):
+            socket.send(piece)
+        partial = json.loads(socket.recv(timeout=60))
+        assert partial["type"] == "partial" and partial["text"]
+        socket.send(END)
+        assert kinds(received(socket))[-2:] == ["final", "done"]
+
+
+def test_what_is_sent_in_any_division_and_at_any_rate_is_heard_to_its_end(running: Any, spoken: np.ndarray) -> None:
+    whole = talk(running, START, [pcm(spoken), END])[-1]
+    odd = talk(running, START, [*pieces(pcm(spoken), 3333), END])[-1]
+    assert whole["text"] and odd == whole
+    telephone = talk(running, START | {"sample_rate": 8000}, [pcm(spoken[::2]), END])[-1]
+    assert telephone["type"] == "done" and telephone["duration"] == pytest.approx(whole["duration"], abs=0.01)
+
+
+@pytest.mark.parametrize("container", ["ogg", "webm"])
+def test_opus_is_decoded_as_it_comes(running: Any, speech: bytes, spoken: np.ndarray, container: str) -> None:
+    data = speech if container == "ogg" else as_webm(spoken)
+    heard = talk(running, START | {"format": "opus"}, [*pieces(data, 700), END])
+    assert heard[-1]["type"] == "done" and heard[-1]["text"], heard[-1]
+    assert heard[-1]["duration"] == pytest.approx(len(spoken) / 16_000, abs=0.1)
+
+
+def as_webm(samples: np.ndarray) -> bytes:
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="webm", options={"live": "1"}) as container:
+        stream = container.add_stream("libopus", rate=48_000, layout="mono")
+        wide = np.repeat(samples, 3).astype(np.float32)
+        for i in range(0, len(wide), 960):
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wide[None, i : i + 960]), "flt", "mono")
+            frame.sample_rate, frame.pts = 48_000, i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def test_nothing_said_is_an_empty_text(running: Any) -> None:
+    assert talk(running, START, [END])[-1]["text"] == ""
+    silent = talk(running, START, [bytes(SECOND * 3), END])
+    assert kinds(silent) == ["ready", "done"] and silent[-1]["text"] == ""
+
+
+def test_a_token_in_the_first_message_opens_as_much_as_one_in_the_header(running: Any, spoken: np.ndarray) -> None:
+    start = {"type": "start", "token": running.tokens["anna"]}
+    heard = talk(running, start, [pcm(spoken), END], token=None)
+    assert heard[0]["patient_id"] == "anna" and heard[-1]["adapter"]["patient_id"] == "anna"
+
+
+REFUSED: dict[str, tuple[Any, list[bytes | str], str | None, int, str]] = {
+    "no token": (START, [], None, 401, "token_missing"),
+    "wrong token": (START | {"token": "x"}, [], None, 401, "token_invalid"),
+    "another's model": (START, [], "anna", 403, "not_yours"),
+    "no JSON": ("hello", [], "admin", 400, "invalid_start"),
+    "sound first": (b"\0\0", [], "admin", 400, "invalid_start"),
+    "no start": ({"type": "begin"}, [], "admin", 400, "invalid_start"),
+    "unknown name": (START | {"langage": "en"}, [], "admin", 400, "invalid_start"),
+    "text for a number": (START | {"sample_rate": "16000"}, [], "admin", 400, "invalid_start"),
+    "rate": (START | {"sample_rate": 1}, [], "admin", 400, "invalid_value"),
+    "format": (START | {"format": "mp3"}, [], "admin", 400, "invalid_value"),
+    "language": (START | {"language": "klingon"}, [], "admin", 400, "unsupported_language"),
+    "malformed id": (START | {"patient_id": "../x"}, [], "admin", 400, "invalid_patient_id"),
+    "unknown patient": (START | {"patient_id": "nobody"}, [bytes(SECOND), END], "admin", 404, "adapter_not_found"),
+    "text in between": (START, ["and?"], "admin", 400, "invalid_message"),
+    "JSON in between": (START, ["[" * 5000], "admin", 400, "invalid_message"),
+    "no Opus": (START | {"format": "opus"}, [b"This is no Opus", END], "admin", 400, "audio_unreadable"),
+    "broken Opus": (START | {"format": "opus"}, [b"OggS" + bytes(9000), END], "admin", 400, "audio_unreadable"),
+    "longer than allowed": (START | {"sample_rate": 8000}, [bytes(500_000)] * 2, "admin", 413, "audio_too_long"),
+    "larger than allowed": (START | {"sample_rate": 96_000}, [bytes(700_000)] * 3, "admin", 413, "upload_too_large"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_refusals_have_the_one_shape_and_are_the_last_message(running: Any, case: Any) -> None:
+    start, sent, token, status, code = case
+    heard = talk(running, start, sent, token=token)
+    assert heard[-1]["type"] == "error", heard
+    assert (heard[-1]["status"], heard[-1]["error"]["code"]) == (status, code), heard[-1]
+    assert heard[-1]["error"].keys() >= {"message", "type", "param", "code", "hint"}
+
+
+def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "IDLE_SECONDS", 0.2)
+    assert talk(running, START, [])[-1]["error"]["code"] == "idle"
+
+
+def test_a_client_that_goes_away_leaves_nothing_behind(running: Any, spoken: np.ndarray) -> None:
+    headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
+    with connect(running.address.replace("http", "ws") + "/listen", additional_headers=headers) as socket:
+        socket.send(json.dumps(START | {"format": "opus"}))
+        socket.send(b"OggS")
+        socket.recv(timeout=60)
+    assert talk(running, START, [pcm(spoken), END])[-1]["type"] == "done"
+
+
+def test_sound_in_which_the_detector_hears_nobody_is_not_thrown_away() -> None:
+    soft = np.full(int(7 * UNSURE_SECONDS * 16_000), 1e-4, np.float32)
+    soft[::2] *= -1
+    cut = Utterances(30.0)
+    found = [part for block in np.split(soft, 42) for part in cut.add(block)]
+    last = cut.end()
+    assert last is not None
+    np.testing.assert_array_equal(np.concatenate([part.audio for part in [*found, last]]), soft)
+
+
+def test_utterances_are_no_longer_than_the_model_hears(make_wav: Callable[..., bytes]) -> None:
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000 * 21).astype(np.float32)
+    cut = Utterances(5.0)
+    found = [*cut.add(loud), cut.end()]
+    assert all(part is not None and len(part.audio) <= 5 * 16_000 for part in found)
+    assert sum(len(part.audio) for part in found if part) == len(loud)
