@@ -45,7 +45,7 @@ class ScriptedEngine:
         self.batches: list[list[int]] = []  # numbers of the clips
         self.threads: set[int] = set()
 
-    def positions(self, samples: int, adapter: LoadedAdapter | None) -> int:
+    def batch_positions(self, samples: int, adapter: LoadedAdapter | None) -> int:
         return 50 * -(-samples // SAMPLE_RATE)
 
     def best_clip_seconds(self, adapter: LoadedAdapter | None) -> float:
@@ -57,7 +57,7 @@ class ScriptedEngine:
         return [*text.encode()]
 
     def transcribe(self, rows: Sequence[Row]) -> list[Transcript]:
-        assert len({self.positions(len(row.audio), row.adapter) for row in rows}) == 1
+        assert len({self.batch_positions(len(row.audio), row.adapter) for row in rows}) == 1
         self.threads.add(threading.get_ident())
         self.batches.append([number_of(row) for row in rows])
         self.entered.release()

@@ -58,7 +58,10 @@ def started(
     """A service as `resonance serve` runs it, in a thread."""
     listening = bind(config)
     service = service or create_service(config)
-    server = Server(service, Auth.from_config(config), config)
+    with pytest.MonkeyPatch.context() as patch:  # wrong tokens are tried by the hundred
+        patch.setattr("resonance.serve.auth.FAILURES_PER_MINUTE", 1_000_000)
+        auth = Auth.from_config(config)
+    server = Server(service, auth, config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve_on(listening)), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
