@@ -231,6 +231,14 @@ def test_more_than_the_copies_take_is_refused_and_they_stay_healthy(cluster: Clu
     assert cluster.http.get("/ready").status_code == 200
 
 
+@pytest.mark.skipif(not ray_app.SHARED_MEMORY.is_dir(), reason="no folder in shared memory here")
+def test_what_ray_has_no_room_for_stays_in_memory(cluster: Cluster) -> None:
+    started = psutil.Process(cluster.process.pid).children(recursive=True)
+    (raylet,) = (words for process in started if "raylet/raylet" in (words := title(process)))
+    places = re.findall(r"--(?:plasma|fallback)_directory=(\S+)", raylet)
+    assert len(places) == 2 and all(place.startswith("/dev/shm") for place in places)
+
+
 def test_a_microphone_is_heard_through_ray(cluster: Cluster) -> None:
     import websockets
 
@@ -317,3 +325,4 @@ def test_sigterm_ends_all_of_it(cluster: Cluster) -> None:
     assert cluster.process.wait(60) == 0
     _gone, alive = psutil.wait_procs(started, timeout=20)
     assert not alive, [title(process) for process in alive]
+    assert not list(ray_app.SHARED_MEMORY.glob("resonance-ray-*"))

@@ -4,15 +4,19 @@ One deployment, the front, has the routes and knows who may; the other, `models`
 a person's requests to the replica that says it has their adapter. Ray's own batching is not used: it takes batches apart by
 adapter, and mixing them is what makes a replica fast.
 
-What is sent stays in memory: Ray's object store may not write what does not fit to disk (`ENVIRONMENT`).
+What is sent stays in memory: what Ray's object store has no room for goes to another folder of shared memory, not to disk
+(`cluster`; on Linux, elsewhere there is no such folder).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -32,13 +36,12 @@ FRONT_REQUESTS = 10_000  # under way at the same time; what may wait is limited 
 BATCHES_UNDER_WAY = 4  # in one replica; then another takes a person's requests, too
 BATCHES_WAITING = 16
 MEBIBYTE = 1 << 20
+SHARED_MEMORY = Path("/dev/shm")
 OBJECT_STORE_UPLOADS = 8  # of the largest size, in the memory that Ray shares between processes
 HEALTH_SECONDS = 5.0
-# Before Ray is imported. The first: nothing is reported to its makers. The second: what does not fit into memory is not
-# written to disk.
+# Before Ray is imported. The first: nothing is reported to its makers.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_automatic_object_spilling_enabled": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # copies without a share of a GPU are not told that there is none
     "GRPC_VERBOSITY": "ERROR",
 }
@@ -98,7 +101,17 @@ def cluster(config: ServeConfig) -> dict[str, Any]:
         ours = {name: value for name, value in os.environ.items() if name.startswith(("RESONANCE_", "HF_"))}
         return {"runtime_env": {"env_vars": ours}}
     shared = max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb))
-    return {"address": "local", "include_dashboard": False, "object_store_memory": shared * MEBIBYTE}
+    alone = {"address": "local", "include_dashboard": False, "object_store_memory": shared * MEBIBYTE}
+    if SHARED_MEMORY.is_dir():
+        alone |= {"_plasma_directory": str(SHARED_MEMORY), "object_spilling_directory": str(overflow())}
+    return alone
+
+
+def overflow() -> Path:
+    """A folder in shared memory. It goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="resonance-ray-", dir=SHARED_MEMORY)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
