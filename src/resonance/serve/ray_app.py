@@ -99,7 +99,7 @@ def cluster(config: ServeConfig) -> dict[str, Any]:
     """What `ray.init` is given: the cluster that RAY_ADDRESS names, or one on this machine alone."""
     if os.environ.get("RAY_ADDRESS"):
         ours = {name: value for name, value in os.environ.items() if name.startswith(("RESONANCE_", "HF_"))}
-        return {"runtime_env": {"env_vars": ours}}
+        return {"runtime_env": {"env_vars": ENVIRONMENT | ours}}
     shared = max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb))
     alone = {"address": "local", "include_dashboard": False, "object_store_memory": shared * MEBIBYTE}
     if SHARED_MEMORY.is_dir():

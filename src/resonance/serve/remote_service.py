@@ -71,7 +71,8 @@ class RemoteService:
             try:
                 told = [one for one in await self._all("about", self.config.ready_seconds) if isinstance(one, About)]
             except Exception as error:  # of Ray's
-                log.warning("asking the copies of the model: %s", type(error).__name__)
+                if self._loaded:  # before, they are not there yet
+                    log.warning("asking the copies of the model: %s", type(error).__name__)
                 told = []
             self._silent = not told
             if told:
