@@ -232,10 +232,11 @@ def test_clips_of_every_length_share_a_batch_and_none_hears_what_fills_it_up(
             assert one.mean_log_prob == pytest.approx(other.mean_log_prob, abs=1e-4)
 
 
-def test_what_is_decoded_together_differs_in_length_by_a_factor_of_two_at_most(engine: MixedRecognizer) -> None:
-    for samples in range(1_000, 480_000, 7_919):
-        own, batch = engine.positions(samples, None), engine.batch_positions(samples, None)
-        assert own <= batch <= 2 * max(own, 47)
+def test_phrases_of_all_lengths_are_decoded_together_and_not_with_half_a_minute(
+    engine: MixedRecognizer, people: dict[str, LoadedAdapter | None]
+) -> None:
+    sizes = [engine.batch_positions(samples, people["bo"]) for samples in (1_000, 30_000, 80_000, 200_000, 460_000)]
+    assert sizes == [300, 300, 300, 750, 1500] and engine.batch_positions(1_000, None) == 1500
 
 
 def test_what_no_clip_can_be_decoded_with_is_said_before_one_is(engine: MixedRecognizer, openai_shaped: Path) -> None:
