@@ -38,6 +38,7 @@ DEMO = machine.REPOSITORY / "src" / "resonance" / "demo_speaker" / "labels.json"
 PROMPT_TOKENS = 4
 RANKS = (4, 8, 16, 32)
 BOUNDARY = "benchmark"
+HALF_LOAD_SECONDS = 40
 
 
 def main() -> None:
@@ -251,7 +252,7 @@ def open_loop(port: int, people: list[str], clips: list[bytes], rate: float, giv
     """Requests of anybody that arrive by chance, so many a second, whether or not the ones before are answered."""
     chance = random.Random(0)
     found: list[float] = []
-    count = given.clients * given.requests
+    count = max(48, min(given.clients * given.requests, round(HALF_LOAD_SECONDS * rate)))
     arrivals, now = [], 0.0
     for _request in range(count):
         now += chance.expovariate(rate)
