@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX"),
     pytest.mark.usefixtures("short_answers"),
 ]
-COUNT = 70
+COUNT = 44
 
 
 @pytest.fixture
