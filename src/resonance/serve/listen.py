@@ -115,8 +115,8 @@ class Session:
         try:
             while (data := await self.next_data()) is not None:
                 self.audio.add(data)
-                await self.hear(await self.audio.take())
-            await self.hear(await self.audio.take(last=True))
+                await self.hear()
+            await self.hear(last=True)
             if (rest := self.utterances.end()) is not None:
                 await self.finish(rest)
             await self.stop_partial()
@@ -221,25 +221,25 @@ class Session:
             _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
         )
 
-    async def hear(self, samples: Any) -> None:
+    async def hear(self, *, last: bool = False) -> None:
         """Sound goes to its utterance; what is finished is said, and the one under way now and then."""
-        self.seconds += len(samples) / SAMPLE_RATE
-        if self.seconds > self.config.max_audio_seconds:
-            raise ServiceError(
-                413,
-                "audio_too_long",
-                _("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds),
-                _("Connect again for more."),
-            )
-        if not len(samples):
-            return
-        for utterance in self.utterances.add(samples):
-            await self.finish(utterance)
-        busy = self.partial is not None and not self.partial.done()
-        begun = None if busy else self.utterances.under_way
-        if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
-            self.partial_at = self.seconds
-            self.partial = asyncio.create_task(self.say_partial(begun))
+        while len(samples := await self.audio.take(last=last)):
+            self.seconds += len(samples) / SAMPLE_RATE
+            if self.seconds > self.config.max_audio_seconds:
+                raise ServiceError(
+                    413,
+                    "audio_too_long",
+                    _("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds),
+                    _("Connect again for more."),
+                )
+            # In a thread: 5 s of sound keep the detector busy for 15 ms, in which nobody else would be answered.
+            for utterance in await asyncio.to_thread(self.utterances.add, samples):
+                await self.finish(utterance)
+            busy = self.partial is not None and not self.partial.done()
+            begun = None if busy else self.utterances.under_way
+            if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
+                self.partial_at = self.seconds
+                self.partial = asyncio.create_task(self.say_partial(begun))
 
     async def say_partial(self, begun: Utterance) -> None:
         """What the utterance under way sounds like so far. Where there is no time for it, nothing."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +15,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from resonance.serve import listen
+from resonance.serve import listen, live_audio
+from resonance.serve.live_audio import Opus
 from resonance.serve.utterances import UNSURE_SECONDS, Utterances
 
 START = {"type": "start", "patient_id": "bob", "language": "en"}
@@ -114,6 +118,53 @@ def as_webm(samples: np.ndarray) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return out.getvalue()
+
+
+def test_half_an_hour_in_a_small_message_is_decoded_no_further_than_it_is_taken() -> None:
+    data = as_webm(np.zeros(90 * 16_000, np.float32))
+
+    async def heard() -> tuple[int, list[int]]:
+        sound = Opus(1000.0)
+        sound.add(data)
+        held, before = 0, -1
+        while held == 0 or held > before:
+            before, held = held, sum(len(block) for block in sound.ready)
+            await asyncio.sleep(0.3)
+        taken = []
+        while size := len(await sound.take(last=True)):
+            taken.append(size)
+        sound.close()
+        return held, taken
+
+    held, taken = asyncio.run(heard())
+    assert held < 11 * 16_000 and max(taken) <= 5 * 16_000
+    assert sum(taken) == pytest.approx(90 * 16_000, abs=1600)
+
+
+def test_a_decoder_that_waits_for_room_ends_with_its_session() -> None:
+    sound = Opus(1000.0)
+    sound.add(as_webm(np.zeros(30 * 16_000, np.float32)))
+    assert sound.thread is not None
+    while sum(len(block) for block in sound.ready) < live_audio.READY_SAMPLES:
+        time.sleep(0.01)
+    sound.close()
+    sound.thread.join(5)
+    assert not sound.thread.is_alive()
+
+
+def test_a_long_message_is_heard_in_short_pieces_beside_the_loop(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces_heard: list[tuple[str, int]] = []
+    add = Utterances.add
+
+    def adding(self: Utterances, audio: np.ndarray) -> Any:
+        pieces_heard.append((threading.current_thread().name, len(audio)))
+        return add(self, audio)
+
+    monkeypatch.setattr(Utterances, "add", adding)
+    loops = {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
+    assert talk(running, START, [bytes(SECOND * 12), END])[-1]["duration"] == 12
+    assert max(length for _name, length in pieces_heard) <= 5 * 16_000
+    assert not loops & {name for name, _length in pieces_heard}
 
 
 def test_nothing_said_is_an_empty_text(running: Any) -> None:
