@@ -15,6 +15,7 @@ import numpy.typing as npt
 import soxr
 
 from resonance.messages import _
+from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.faults import ServiceError
 from resonance.units import SAMPLE_RATE
 
@@ -39,7 +40,8 @@ class LiveAudio(Protocol):
 
     async def take(self, *, last: bool = False) -> Samples:
         """What can be heard of it and was not taken yet, [samples] of at most 5 s; none where there is no more now. With
-        `last` nothing more comes, and none means that all was taken. Raises ServiceError 400."""
+        `last` nothing more comes, and none means that all was taken. Raises ServiceError 400, and 504 where the rest is not
+        decoded in time."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -117,6 +119,8 @@ class Opus:
             self.room.notify()
         if self.fault and not len(found):
             raise self.fault
+        if last and not len(found) and self.thread and self.thread.is_alive():
+            raise deadline_passed()
         return found
 
     def close(self) -> None:

@@ -152,6 +152,25 @@ def test_a_decoder_that_waits_for_room_ends_with_its_session() -> None:
     assert not sound.thread.is_alive()
 
 
+def test_what_is_not_decoded_in_time_after_the_end_is_an_error(
+    running: Any, speech: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    frames = live_audio._frames
+
+    def stuck(container: Any, stream: Any) -> Iterable[Any]:
+        yield from list(frames(container, stream))[:30]
+        may_end.wait(60)
+
+    monkeypatch.setattr(live_audio, "_frames", stuck)
+    monkeypatch.setattr(live_audio, "ENDING_SECONDS", 0.5)
+    try:
+        heard = talk(running, START | {"format": "opus"}, [speech, END])
+    finally:
+        may_end.set()
+    assert (heard[-1]["status"], heard[-1]["error"]["code"]) == (504, "deadline_passed")
+
+
 def test_a_long_message_is_heard_in_short_pieces_beside_the_loop(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces_heard: list[tuple[str, int]] = []
     add = Utterances.add
