@@ -6,7 +6,8 @@
                                                              server  {"type": "final", "text": …} for each utterance
     client  {"type": "end"}                                  server  {"type": "done", "text": all of it, …}, and closes
 
-What goes wrong is {"type": "error", "error": …} in the one shape, and the last message.
+What goes wrong is {"type": "error", "error": …} in the one shape, and the last message. A service that stops says what it has
+heard first: its error comes after final and done.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resonance.config_serve import ServeConfig
@@ -28,7 +30,7 @@ from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
-from resonance.serve.outer import internal_error, log, where
+from resonance.serve.outer import Message, internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
 from resonance.serve.routes_transcribe import fallback_of, settings_of
@@ -40,8 +42,12 @@ from resonance.transcribe.segments import joined
 from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
 
 router = APIRouter()
+Made = TypeVar("Made")
 START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
+AGAIN_SECONDS = 5  # after which another service may have taken this one's place
+READ_AHEAD_BYTES = 1 << 21  # of messages: a minute of PCM
+MESSAGE_COST = 100  # bytes that an empty one counts as
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
@@ -71,15 +77,30 @@ async def listen(socket: WebSocket) -> None:
     await socket.accept()
     state = socket.app.state
     try:
-        await Session(socket, state.service, state.auth, state.config).run()
+        await Session(socket, state.service, state.auth, state.config, stopping_of(socket.app)).run()
         await socket.close()
     except WebSocketDisconnect:
         pass
     except ServiceError as error:
         await refuse(socket, error)
+    except asyncio.CancelledError:  # the time to finish what is under way is over
+        await refuse(socket, draining())
+        raise
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
         await refuse(socket, internal_error())
+
+
+def stopping_of(app: FastAPI) -> asyncio.Event:
+    """Set it, and all who listen finish: what they have heard so far is answered, then they are told why it was all."""
+    app.state.stopping = found = getattr(app.state, "stopping", None) or asyncio.Event()
+    return found
+
+
+def draining() -> ServiceError:
+    return ServiceError(
+        503, "draining", _("The service is about to stop."), _("Ask again in a moment."), retry_after=AGAIN_SECONDS
+    )
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
@@ -92,8 +113,15 @@ async def refuse(socket: WebSocket, error: ServiceError) -> None:
 class Session:
     """One connection: one person, one stream of sound."""
 
-    def __init__(self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig) -> None:
-        self.socket, self.service, self.auth, self.config = socket, service, auth, config
+    def __init__(
+        self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig, stopping: asyncio.Event
+    ) -> None:
+        self.socket, self.service, self.auth, self.config, self.stopping = socket, service, auth, config, stopping
+        self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: the service stops
+        self.ahead = 0  # bytes in it
+        self.room = asyncio.Event()
+        self.reading: asyncio.Task[None]  # ends when the client goes away
+        self.ending: ServiceError | None = None  # why no more is heard, where it was not the client who ended
         self.audio: LiveAudio
         self.settings: DecodeSettings
         self.start: Start
@@ -110,6 +138,44 @@ class Session:
         self.partial_at = 0.0  # seconds heard when the last partial text began
 
     async def run(self) -> None:
+        stopped = asyncio.create_task(self.stopping.wait())
+        stopped.add_done_callback(lambda _task: self.messages.put_nowait(None))
+        self.reading = asyncio.create_task(self.read())
+        try:
+            await self.talk()
+        finally:
+            await ended(stopped)
+            await ended(self.reading)
+
+    async def read(self) -> None:
+        """Messages before they are asked for: else nobody sees that the client goes away while its utterance waits."""
+        while (message := await self.socket.receive())["type"] != "websocket.disconnect":
+            self.ahead += _cost(message)
+            self.messages.put_nowait(message)
+            while self.ahead > READ_AHEAD_BYTES:
+                self.room.clear()
+                await self.room.wait()
+
+    async def message_within(self, seconds: float) -> Message | None:
+        """The next one; None where the service stops. Raises TimeoutError, WebSocketDisconnect."""
+        message = await asyncio.wait_for(self.unless_gone(self.messages.get()), seconds)
+        if message is not None:
+            self.ahead -= _cost(message)
+            self.room.set()
+        return message
+
+    async def unless_gone(self, work: Coroutine[Any, Any, Made]) -> Made:
+        """What it gives. Cancelled where the client goes away: raises WebSocketDisconnect then."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait((task, self.reading), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise WebSocketDisconnect(1006)
+            return task.result()
+        finally:
+            await ended(task)
+
+    async def talk(self) -> None:
         self.open(await self.first_message())
         await self.socket.send_json({"type": "ready", "patient_id": self.patient})
         try:
@@ -121,6 +187,8 @@ class Session:
                 await self.finish(rest)
             await self.stop_partial()
             await self.socket.send_json(self.done())
+            if self.ending is not None:
+                raise self.ending
         finally:
             self.socket.state.audio_seconds = self.seconds
             self.audio.close()
@@ -128,13 +196,13 @@ class Session:
 
     async def first_message(self) -> Start:
         try:
-            message = await asyncio.wait_for(self.socket.receive(), START_SECONDS)
+            message = await self.message_within(START_SECONDS)
         except asyncio.TimeoutError:
             raise ServiceError(
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
+        if message is None:
+            raise draining()
         try:
             return Start.model_validate_json(message.get("text") or "")
         except ValidationError as error:
@@ -189,9 +257,9 @@ class Session:
         return Pcm(start.sample_rate)
 
     async def next_data(self) -> bytes | None:
-        """The next sound; None where the client has said that it was all."""
+        """The next sound; None where that was all."""
         try:
-            message = await asyncio.wait_for(self.socket.receive(), IDLE_SECONDS)
+            message = await self.message_within(IDLE_SECONDS)
         except asyncio.TimeoutError:
             raise ServiceError(
                 408,
@@ -199,8 +267,9 @@ class Session:
                 _("Nothing came for {seconds:g} seconds.").format(seconds=IDLE_SECONDS),
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
+        if message is None:
+            self.ending = draining()
+            return None
         data: bytes | None = message.get("bytes")
         if data is not None:
             self.bytes += len(data)
@@ -276,9 +345,7 @@ class Session:
     async def stop_partial(self) -> None:
         task, self.partial = self.partial, None
         if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await ended(task)
 
     def message(self, kind: str, utterance: Utterance, answer: Answer) -> dict[str, Any]:
         return {
@@ -301,6 +368,19 @@ class Session:
             "utterances": self.count,
             **voice,
         }
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel it where it is not done, and return when it is."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # of no interest: otherwise asyncio logs that nobody asked
+
+
+def _cost(message: Message) -> int:
+    return len(message.get("bytes") or message.get("text") or "") + MESSAGE_COST
 
 
 def _is_end(text: str) -> bool:

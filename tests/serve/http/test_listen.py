@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,32 @@ def test_refusals_have_the_one_shape_and_are_the_last_message(running: Any, case
 def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "IDLE_SECONDS", 0.2)
     assert talk(running, START, [])[-1]["error"]["code"] == "idle"
+
+
+@pytest.mark.parametrize("drain_seconds", [10.0, 0.0])
+def test_a_service_that_stops_answers_what_was_said_and_says_why_no_more_is_heard(
+    running: Any, start: Callable[..., Any], spoken: np.ndarray, tmp_path: Path, drain_seconds: float
+) -> None:
+    config = running.config.model_copy(update={"drain_seconds": drain_seconds, "audit_log": tmp_path / "audit"})
+    found = start(config, running.tokens)
+    try:
+        address = found.running.address.replace("http", "ws") + "/listen"
+        headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
+        with connect(address, additional_headers=headers) as socket, connect(address) as silent:
+            socket.send(json.dumps(START))
+            for piece in pieces(pcm(spoken), SECOND // 4):
+                socket.send(piece)
+            while drain_seconds and json.loads(socket.recv(timeout=60))["type"] != "partial":
+                pass
+            found.running.server.should_exit = True
+            heard = list(received(socket))
+            refused = list(received(silent))
+    finally:
+        found.stop()
+    if drain_seconds:
+        assert kinds(heard)[-3:] == ["final", "done", "error"] and heard[-2]["text"] == heard[-3]["text"] != ""
+        assert refused[-1]["error"]["code"] == "draining"
+    assert (heard[-1]["status"], heard[-1]["error"]["code"]) == (503, "draining")
 
 
 def test_a_client_that_goes_away_leaves_nothing_behind(running: Any, spoken: np.ndarray) -> None:
