@@ -321,7 +321,7 @@ class Session:
     async def finish(self, utterance: Utterance) -> None:
         """Say all of an utterance. Its partial texts are over."""
         await self.stop_partial()
-        answer = self.last = await self.answer(utterance, self.settings)
+        answer = self.last = await self.unless_gone(self.answer(utterance, self.settings))
         if not answer.result.text:
             return
         self.text = joined(self.text, answer.result.text)

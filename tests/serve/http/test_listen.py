@@ -271,6 +271,30 @@ def test_a_client_that_goes_away_leaves_nothing_behind(running: Any, spoken: np.
     assert talk(running, START, [pcm(spoken), END])[-1]["type"] == "done"
 
 
+def test_the_utterance_of_a_client_that_has_gone_is_not_waited_for(
+    running: Any, spoken: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, dropped = threading.Event(), threading.Event()
+
+    async def never(_request: Any) -> None:
+        waits.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            dropped.set()
+            raise
+
+    monkeypatch.setattr(running.service, "transcribe", never)
+    monkeypatch.setattr(listen, "PARTIAL_SECONDS", 1e9)
+    headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
+    with connect(running.address.replace("http", "ws") + "/listen", additional_headers=headers) as socket:
+        socket.send(json.dumps(START))
+        for message in (pcm(spoken), END, b"", b""):
+            socket.send(message)
+        assert waits.wait(30) and not dropped.is_set()
+    assert dropped.wait(10)
+
+
 def test_sound_in_which_the_detector_hears_nobody_is_not_thrown_away() -> None:
     soft = np.full(int(7 * UNSURE_SECONDS * 16_000), 1e-4, np.float32)
     soft[::2] *= -1
