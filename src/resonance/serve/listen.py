@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -30,12 +31,13 @@ from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
-from resonance.serve.outer import Message, internal_error, log, where
+from resonance.serve.outer import Message, cut_off, internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
 from resonance.serve.routes_transcribe import fallback_of, settings_of
 from resonance.serve.service import Service
 from resonance.serve.speech import Answer, SpeechRequest
+from resonance.serve.tokens import TokenFile
 from resonance.serve.utterances import Utterance, Utterances
 from resonance.transcribe.recognizer import DecodeSettings
 from resonance.transcribe.segments import joined
@@ -45,7 +47,7 @@ router = APIRouter()
 Made = TypeVar("Made")
 START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
-AGAIN_SECONDS = 5  # after which another service may have taken this one's place
+EXTRA_SECONDS = 600.0  # of being connected, beyond those of the longest recording
 READ_AHEAD_BYTES = 1 << 21  # of messages: a minute of PCM
 MESSAGE_COST = 100  # bytes that an empty one counts as
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
@@ -84,7 +86,7 @@ async def listen(socket: WebSocket) -> None:
     except ServiceError as error:
         await refuse(socket, error)
     except asyncio.CancelledError:  # the time to finish what is under way is over
-        await refuse(socket, draining())
+        await refuse(socket, cut_off())
         raise
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
@@ -95,12 +97,6 @@ def stopping_of(app: FastAPI) -> asyncio.Event:
     """Set it, and all who listen finish: what they have heard so far is answered, then they are told why it was all."""
     app.state.stopping = found = getattr(app.state, "stopping", None) or asyncio.Event()
     return found
-
-
-def draining() -> ServiceError:
-    return ServiceError(
-        503, "draining", _("The service is about to stop."), _("Ask again in a moment."), retry_after=AGAIN_SECONDS
-    )
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
@@ -134,6 +130,10 @@ class Session:
         self.seconds = 0.0  # heard so far
         self.bytes = 0
         self.last: Answer | None = None
+        self.until = time.monotonic() + config.max_audio_seconds + EXTRA_SECONDS
+        # Whether the token is valid still. It is no new request, and has permits of its own.
+        unlimited = config.model_copy(update={"requests_per_minute": sys.maxsize})
+        self.again = Auth(TokenFile(config.tokens), unlimited)
         self.partial: asyncio.Task[None] | None = None
         self.partial_at = 0.0  # seconds heard when the last partial text began
 
@@ -202,7 +202,7 @@ class Session:
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
         if message is None:
-            raise draining()
+            raise cut_off()
         try:
             return Start.model_validate_json(message.get("text") or "")
         except ValidationError as error:
@@ -218,8 +218,9 @@ class Session:
 
     def open(self, start: Start) -> None:
         """Who asks, for whom and how. Raises ServiceError."""
-        header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
-        self.caller = self.auth.caller(header, self.socket.client.host if self.socket.client else "")
+        self.header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
+        self.host = self.socket.client.host if self.socket.client else ""
+        self.caller = self.auth.caller(self.header, self.host)
         state = self.service.state
         if state.status != "ready":
             raise ServiceError(
@@ -258,6 +259,10 @@ class Session:
 
     async def next_data(self) -> bytes | None:
         """The next sound; None where that was all."""
+        if time.monotonic() > self.until:
+            text = _("The connection was open for longer than {most:g} seconds.")
+            self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
+            return None
         try:
             message = await self.message_within(IDLE_SECONDS)
         except asyncio.TimeoutError:
@@ -268,7 +273,7 @@ class Session:
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
         if message is None:
-            self.ending = draining()
+            self.ending = cut_off()
             return None
         data: bytes | None = message.get("bytes")
         if data is not None:
@@ -295,12 +300,8 @@ class Session:
         while len(samples := await self.audio.take(last=last)):
             self.seconds += len(samples) / SAMPLE_RATE
             if self.seconds > self.config.max_audio_seconds:
-                raise ServiceError(
-                    413,
-                    "audio_too_long",
-                    _("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds),
-                    _("Connect again for more."),
-                )
+                text = _("More than {most:g} seconds were sent.")
+                raise too_long(text.format(most=self.config.max_audio_seconds))
             # In a thread: 5 s of sound keep the detector busy for 15 ms, in which nobody else would be answered.
             for utterance in await asyncio.to_thread(self.utterances.add, samples):
                 await self.finish(utterance)
@@ -329,6 +330,7 @@ class Session:
         self.count += 1
 
     async def answer(self, utterance: Utterance, settings: DecodeSettings, *, may_keep: bool = True) -> Answer:
+        self.again.caller(self.header, self.host).allow(self.patient)
         return await self.service.transcribe(
             SpeechRequest(
                 audio=utterance.audio,
@@ -368,6 +370,10 @@ class Session:
             "utterances": self.count,
             **voice,
         }
+
+
+def too_long(message: str) -> ServiceError:
+    return ServiceError(413, "audio_too_long", message, _("Connect again for more."))
 
 
 async def ended(task: asyncio.Task[Any]) -> None:

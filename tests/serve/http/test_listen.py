@@ -16,7 +16,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from resonance.serve import listen, live_audio
+from resonance.serve import listen, live_audio, tokens
 from resonance.serve.live_audio import Opus
 from resonance.serve.utterances import UNSURE_SECONDS, Utterances
 
@@ -197,6 +197,39 @@ def test_a_token_in_the_first_message_opens_as_much_as_one_in_the_header(running
     start = {"type": "start", "token": running.tokens["anna"]}
     heard = talk(running, start, [pcm(spoken), END], token=None)
     assert heard[0]["patient_id"] == "anna" and heard[-1]["adapter"]["patient_id"] == "anna"
+
+
+def test_a_token_that_is_revoked_opens_no_further_utterance(
+    running: Any, spoken: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "CHECK_SECONDS", 0.0)
+    file = tokens.TokenFile(running.config.tokens)
+    secret = file.create("guest", "patient", patient="bob")[1]
+    utterance = pcm(np.concatenate([spoken, np.zeros(2 * 16_000, np.float32)]))
+    with connect(
+        running.address.replace("http", "ws") + "/listen", additional_headers={"Authorization": f"Bearer {secret}"}
+    ) as socket:
+        socket.send(json.dumps(START))
+        socket.send(utterance)
+        while json.loads(socket.recv(timeout=60))["type"] != "final":
+            pass
+        file.revoke("guest")
+        socket.send(utterance)
+        heard = list(received(socket))
+    assert kinds(heard) == ["error"] and heard[0]["error"]["code"] == "token_invalid"
+
+
+def test_nobody_stays_connected_for_ever(running: Any, spoken: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "EXTRA_SECONDS", 2 - running.config.max_audio_seconds)
+
+    def little() -> Iterable[bytes]:
+        yield pcm(spoken)
+        for _i in range(100):
+            yield b""
+            time.sleep(0.1)
+
+    heard = talk(running, START, little())
+    assert kinds(heard)[-3:] == ["final", "done", "error"] and heard[-1]["error"]["code"] == "audio_too_long"
 
 
 REFUSED: dict[str, tuple[Any, list[bytes | str], str | None, int, str]] = {
