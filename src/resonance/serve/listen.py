@@ -6,8 +6,7 @@
                                                              server  {"type": "final", "text": …} for each utterance
     client  {"type": "end"}                                  server  {"type": "done", "text": all of it, …}, and closes
 
-What goes wrong is {"type": "error", "error": …} in the one shape, and the last message. A service that stops says what it has
-heard first: its error comes after final and done.
+What goes wrong is {"type": "error", "error": …} in the one shape, and the last message: behind done, where the service stops.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
 EXTRA_SECONDS = 600.0  # of being connected, beyond those of the longest recording
 READ_AHEAD_BYTES = 1 << 21  # of messages: a minute of PCM
-MESSAGE_COST = 100  # bytes that an empty one counts as
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
@@ -130,6 +128,7 @@ class Session:
         self.seconds = 0.0  # heard so far
         self.bytes = 0
         self.last: Answer | None = None
+        self.adapters: list[Any] = []  # all that answered: there may be a newer one in between
         self.until = time.monotonic() + config.max_audio_seconds + EXTRA_SECONDS
         # Whether the token is valid still. It is no new request, and has permits of its own.
         unlimited = config.model_copy(update={"requests_per_minute": sys.maxsize})
@@ -300,8 +299,7 @@ class Session:
         while len(samples := await self.audio.take(last=last)):
             self.seconds += len(samples) / SAMPLE_RATE
             if self.seconds > self.config.max_audio_seconds:
-                text = _("More than {most:g} seconds were sent.")
-                raise too_long(text.format(most=self.config.max_audio_seconds))
+                raise too_long(_("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds))
             # In a thread: 5 s of sound keep the detector busy for 15 ms, in which nobody else would be answered.
             for utterance in await asyncio.to_thread(self.utterances.add, samples):
                 await self.finish(utterance)
@@ -328,6 +326,8 @@ class Session:
         self.text = joined(self.text, answer.result.text)
         await self.socket.send_json(self.message("final", utterance, answer))
         self.count += 1
+        if (adapter := answers.voice_of(answer)["adapter"]) not in self.adapters:
+            self.adapters.append(adapter)
 
     async def answer(self, utterance: Utterance, settings: DecodeSettings, *, may_keep: bool = True) -> Answer:
         self.again.caller(self.header, self.host).allow(self.patient)
@@ -369,6 +369,7 @@ class Session:
             "duration": round(self.seconds, 3),
             "utterances": self.count,
             **voice,
+            "adapters": self.adapters,
         }
 
 
@@ -386,7 +387,7 @@ async def ended(task: asyncio.Task[Any]) -> None:
 
 
 def _cost(message: Message) -> int:
-    return len(message.get("bytes") or message.get("text") or "") + MESSAGE_COST
+    return len(message.get("bytes") or message.get("text") or "") + 100  # so much an empty one takes
 
 
 def _is_end(text: str) -> bool:

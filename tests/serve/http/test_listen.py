@@ -77,6 +77,33 @@ def test_each_utterance_is_said_when_it_is_over_and_the_last_message_holds_all(
     assert times == sorted(times)
 
 
+def test_the_last_message_names_every_adapter_that_answered(
+    running: Any, spoken: np.ndarray, make_adapter: Callable[..., Path], openai_shaped: Path, tmp_path: Path
+) -> None:
+    utterance = pcm(np.concatenate([spoken, np.zeros(2 * 16_000, np.float32)]))
+    store, final = running.service.store, []
+    store.put("dora", make_adapter(tmp_path / "1", base=openai_shaped, seed=11, rank=4))
+    try:
+        with connect(
+            running.address.replace("http", "ws") + "/listen",
+            additional_headers={"Authorization": f"Bearer {running.tokens['admin']}"},
+        ) as socket:
+            socket.send(json.dumps(START | {"patient_id": "dora"}))
+            for seed in (12, 13, None):
+                socket.send(utterance)
+                while (message := json.loads(socket.recv(timeout=60)))["type"] != "final":
+                    pass
+                final.append(message["adapter"])
+                if seed == 12:
+                    store.put("dora", make_adapter(tmp_path / "2", base=openai_shaped, seed=seed, rank=4))
+            socket.send(END)
+            done = list(received(socket))[-1]
+    finally:
+        store.delete("dora")
+    assert final[0] != final[1] == final[2] == done["adapter"]
+    assert done["adapters"] == final[:2]
+
+
 def test_partial_texts_come_while_the_person_speaks(running: Any, spoken: np.ndarray) -> None:
     headers = {"Authorization": f"Bearer {running.tokens['admin']}"}
     with connect(running.address.replace("http", "ws") + "/listen", additional_headers=headers) as socket:
