@@ -98,6 +98,7 @@ def stopping_of(app: FastAPI) -> asyncio.Event:
 
 
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
+    socket.state.status = error.status  # for the audit log and the counts: the connection itself was taken, with 101
     body = error.body["error"] | ({} if error.retry_after is None else {"retry_after": error.retry_after})
     with contextlib.suppress(RuntimeError, WebSocketDisconnect):
         await socket.send_json({"type": "error", "status": error.status, "error": body})
@@ -123,10 +124,8 @@ class Session:
         self.caller: Caller
         self.fallback = False
         self.utterances = Utterances(WINDOW_SECONDS)
-        self.text = ""
-        self.count = 0
+        self.text, self.count, self.bytes = "", 0, 0
         self.seconds = 0.0  # heard so far
-        self.bytes = 0
         self.last: Answer | None = None
         self.adapters: list[Any] = []  # all that answered: there may be a newer one in between
         self.until = time.monotonic() + config.max_audio_seconds + EXTRA_SECONDS
@@ -220,14 +219,15 @@ class Session:
         self.header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
         self.host = self.socket.client.host if self.socket.client else ""
         self.caller = self.auth.caller(self.header, self.host)
+        self.socket.state.account = self.caller.account
         state = self.service.state
         if state.status != "ready":
             raise ServiceError(
                 503, state.status, state.reason, _("Ask again in a moment."), retry_after=WAIT_SECONDS[state.status]
             )
         self.patient = self.caller.patient if start.patient_id is None else check_patient_id(start.patient_id)
+        self.socket.state.patient = self.patient
         self.caller.allow(self.patient)
-        self.socket.state.account, self.socket.state.patient = self.caller.account, self.patient
         # The same words mean the same as in a form.
         given = {
             name: [value]

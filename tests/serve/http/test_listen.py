@@ -291,6 +291,17 @@ def test_refusals_have_the_one_shape_and_are_the_last_message(running: Any, case
     assert heard[-1]["error"].keys() >= {"message", "type", "param", "code", "hint"}
 
 
+def test_the_audit_log_has_who_was_refused(running: Any) -> None:
+    log = Path(running.config.audit_log)
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    talk(running, START, [], token="anna")
+    rows: list[dict[str, Any]] = []
+    until = time.monotonic() + 10
+    while not rows and time.monotonic() < until:  # written behind the answer
+        rows = [json.loads(line) for line in log.read_text().splitlines()[before:] if "/listen" in line]
+    assert [(row["account"], row["patient"]) for row in rows] == [("anna", "bob")]
+
+
 def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "IDLE_SECONDS", 0.2)
     assert talk(running, START, [])[-1]["error"]["code"] == "idle"
