@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from resonance.config_serve import ServeConfig
 from resonance.errors import ResonanceError
 from resonance.messages import _
 from resonance.serve.app import create_app
 from resonance.serve.auth import Auth, check_exposure
+from resonance.serve.listen import stopping_of
 from resonance.serve.service import Service, create_service
 
 BACKLOG = 2048  # connections that may wait to be taken
@@ -106,6 +108,15 @@ def announce(config: ServeConfig, port: int) -> None:
     print("\n".join(lines), flush=True)
 
 
+class Listening(WebSocketsSansIOProtocol):
+    """A WebSocket whose closing is left to the session when the server stops: uvicorn's own closes at once, and what the
+    person has just said would not be answered."""
+
+    def shutdown(self) -> None:
+        if not self.handshake_complete or self.close_sent:
+            super().shutdown()
+
+
 class Server(uvicorn.Server):
     """Uvicorn that says when the model is ready, refuses new work at the first signal, and dies at the second."""
 
@@ -119,7 +130,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(config.drain_seconds),
-                ws="websockets-sansio",
+                ws=Listening,
                 ws_max_size=MESSAGE_BYTES,
                 proxy_headers=bool(config.trusted_proxies),
                 forwarded_allow_ips=config.trusted_proxies or None,
@@ -127,6 +138,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
+        self.stopping = stopping_of(app)
         self.signal = 0
         self.cut_off = False  # whether a request was under way when the time was over
         self.failure = ""  # why the model could not be loaded
@@ -152,6 +164,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.watching:
             self.watching.cancel()
+        self.stopping.set()
         watch = asyncio.create_task(self._see_cut_off())
         try:
             await super().shutdown(sockets)

@@ -6,7 +6,7 @@
                                                              server  {"type": "final", "text": …} for each utterance
     client  {"type": "end"}                                  server  {"type": "done", "text": all of it, …}, and closes
 
-What goes wrong is {"type": "error", "error": …} in the one shape, and the last message.
+What goes wrong is {"type": "error", "error": …} in the one shape, and the last message: behind done, where the service stops.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resonance.config_serve import ServeConfig
@@ -28,20 +30,24 @@ from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
 from resonance.serve.faults import ServiceError
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
-from resonance.serve.outer import internal_error, log, where
+from resonance.serve.outer import Message, cut_off, internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
 from resonance.serve.routes_transcribe import fallback_of, settings_of
 from resonance.serve.service import Service
 from resonance.serve.speech import Answer, SpeechRequest
+from resonance.serve.tokens import TokenFile
 from resonance.serve.utterances import Utterance, Utterances
 from resonance.transcribe.recognizer import DecodeSettings
 from resonance.transcribe.segments import joined
 from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
 
 router = APIRouter()
+Made = TypeVar("Made")
 START_SECONDS = 10.0  # for the first message
 IDLE_SECONDS = 30.0  # without any message
+EXTRA_SECONDS = 600.0  # of being connected, beyond those of the longest recording
+READ_AHEAD_BYTES = 1 << 21  # of messages: a minute of PCM
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
@@ -71,18 +77,28 @@ async def listen(socket: WebSocket) -> None:
     await socket.accept()
     state = socket.app.state
     try:
-        await Session(socket, state.service, state.auth, state.config).run()
+        await Session(socket, state.service, state.auth, state.config, stopping_of(socket.app)).run()
         await socket.close()
     except WebSocketDisconnect:
         pass
     except ServiceError as error:
         await refuse(socket, error)
+    except asyncio.CancelledError:  # the time to finish what is under way is over
+        await refuse(socket, cut_off())
+        raise
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
         await refuse(socket, internal_error())
 
 
+def stopping_of(app: FastAPI) -> asyncio.Event:
+    """Set it, and all who listen finish: what they have heard so far is answered, then they are told why it was all."""
+    app.state.stopping = found = getattr(app.state, "stopping", None) or asyncio.Event()
+    return found
+
+
 async def refuse(socket: WebSocket, error: ServiceError) -> None:
+    socket.state.status = error.status  # for the audit log and the counts: the connection itself was taken, with 101
     body = error.body["error"] | ({} if error.retry_after is None else {"retry_after": error.retry_after})
     with contextlib.suppress(RuntimeError, WebSocketDisconnect):
         await socket.send_json({"type": "error", "status": error.status, "error": body})
@@ -92,8 +108,15 @@ async def refuse(socket: WebSocket, error: ServiceError) -> None:
 class Session:
     """One connection: one person, one stream of sound."""
 
-    def __init__(self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig) -> None:
-        self.socket, self.service, self.auth, self.config = socket, service, auth, config
+    def __init__(
+        self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig, stopping: asyncio.Event
+    ) -> None:
+        self.socket, self.service, self.auth, self.config, self.stopping = socket, service, auth, config, stopping
+        self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: the service stops
+        self.ahead = 0  # bytes in it
+        self.room = asyncio.Event()
+        self.reading: asyncio.Task[None]  # ends when the client goes away
+        self.ending: ServiceError | None = None  # why no more is heard, where it was not the client who ended
         self.audio: LiveAudio
         self.settings: DecodeSettings
         self.start: Start
@@ -101,26 +124,69 @@ class Session:
         self.caller: Caller
         self.fallback = False
         self.utterances = Utterances(WINDOW_SECONDS)
-        self.text = ""
-        self.count = 0
+        self.text, self.count, self.bytes = "", 0, 0
         self.seconds = 0.0  # heard so far
-        self.bytes = 0
         self.last: Answer | None = None
+        self.adapters: list[Any] = []  # all that answered: there may be a newer one in between
+        self.until = time.monotonic() + config.max_audio_seconds + EXTRA_SECONDS
+        # Whether the token is valid still. It is no new request, and has permits of its own.
+        unlimited = config.model_copy(update={"requests_per_minute": sys.maxsize})
+        self.again = Auth(TokenFile(config.tokens), unlimited)
         self.partial: asyncio.Task[None] | None = None
         self.partial_at = 0.0  # seconds heard when the last partial text began
 
     async def run(self) -> None:
+        stopped = asyncio.create_task(self.stopping.wait())
+        stopped.add_done_callback(lambda _task: self.messages.put_nowait(None))
+        self.reading = asyncio.create_task(self.read())
+        try:
+            await self.talk()
+        finally:
+            await ended(stopped)
+            await ended(self.reading)
+
+    async def read(self) -> None:
+        """Messages before they are asked for: else nobody sees that the client goes away while its utterance waits."""
+        while (message := await self.socket.receive())["type"] != "websocket.disconnect":
+            self.ahead += _cost(message)
+            self.messages.put_nowait(message)
+            while self.ahead > READ_AHEAD_BYTES:
+                self.room.clear()
+                await self.room.wait()
+
+    async def message_within(self, seconds: float) -> Message | None:
+        """The next one; None where the service stops. Raises TimeoutError, WebSocketDisconnect."""
+        message = await asyncio.wait_for(self.unless_gone(self.messages.get()), seconds)
+        if message is not None:
+            self.ahead -= _cost(message)
+            self.room.set()
+        return message
+
+    async def unless_gone(self, work: Coroutine[Any, Any, Made]) -> Made:
+        """What it gives. Cancelled where the client goes away: raises WebSocketDisconnect then."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait((task, self.reading), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise WebSocketDisconnect(1006)
+            return task.result()
+        finally:
+            await ended(task)
+
+    async def talk(self) -> None:
         self.open(await self.first_message())
         await self.socket.send_json({"type": "ready", "patient_id": self.patient})
         try:
             while (data := await self.next_data()) is not None:
                 self.audio.add(data)
-                await self.hear(await self.audio.take())
-            await self.hear(await self.audio.take(last=True))
+                await self.hear()
+            await self.hear(last=True)
             if (rest := self.utterances.end()) is not None:
                 await self.finish(rest)
             await self.stop_partial()
             await self.socket.send_json(self.done())
+            if self.ending is not None:
+                raise self.ending
         finally:
             self.socket.state.audio_seconds = self.seconds
             self.audio.close()
@@ -128,13 +194,13 @@ class Session:
 
     async def first_message(self) -> Start:
         try:
-            message = await asyncio.wait_for(self.socket.receive(), START_SECONDS)
+            message = await self.message_within(START_SECONDS)
         except asyncio.TimeoutError:
             raise ServiceError(
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
+        if message is None:
+            raise cut_off()
         try:
             return Start.model_validate_json(message.get("text") or "")
         except ValidationError as error:
@@ -150,16 +216,18 @@ class Session:
 
     def open(self, start: Start) -> None:
         """Who asks, for whom and how. Raises ServiceError."""
-        header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
-        self.caller = self.auth.caller(header, self.socket.client.host if self.socket.client else "")
+        self.header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
+        self.host = self.socket.client.host if self.socket.client else ""
+        self.caller = self.auth.caller(self.header, self.host)
+        self.socket.state.account = self.caller.account
         state = self.service.state
         if state.status != "ready":
             raise ServiceError(
                 503, state.status, state.reason, _("Ask again in a moment."), retry_after=WAIT_SECONDS[state.status]
             )
         self.patient = self.caller.patient if start.patient_id is None else check_patient_id(start.patient_id)
+        self.socket.state.patient = self.patient
         self.caller.allow(self.patient)
-        self.socket.state.account, self.socket.state.patient = self.caller.account, self.patient
         # The same words mean the same as in a form.
         given = {
             name: [value]
@@ -189,9 +257,13 @@ class Session:
         return Pcm(start.sample_rate)
 
     async def next_data(self) -> bytes | None:
-        """The next sound; None where the client has said that it was all."""
+        """The next sound; None where that was all."""
+        if time.monotonic() > self.until:
+            text = _("The connection was open for longer than {most:g} seconds.")
+            self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
+            return None
         try:
-            message = await asyncio.wait_for(self.socket.receive(), IDLE_SECONDS)
+            message = await self.message_within(IDLE_SECONDS)
         except asyncio.TimeoutError:
             raise ServiceError(
                 408,
@@ -199,8 +271,9 @@ class Session:
                 _("Nothing came for {seconds:g} seconds.").format(seconds=IDLE_SECONDS),
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
+        if message is None:
+            self.ending = cut_off()
+            return None
         data: bytes | None = message.get("bytes")
         if data is not None:
             self.bytes += len(data)
@@ -221,25 +294,20 @@ class Session:
             _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
         )
 
-    async def hear(self, samples: Any) -> None:
+    async def hear(self, *, last: bool = False) -> None:
         """Sound goes to its utterance; what is finished is said, and the one under way now and then."""
-        self.seconds += len(samples) / SAMPLE_RATE
-        if self.seconds > self.config.max_audio_seconds:
-            raise ServiceError(
-                413,
-                "audio_too_long",
-                _("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds),
-                _("Connect again for more."),
-            )
-        if not len(samples):
-            return
-        for utterance in self.utterances.add(samples):
-            await self.finish(utterance)
-        busy = self.partial is not None and not self.partial.done()
-        begun = None if busy else self.utterances.under_way
-        if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
-            self.partial_at = self.seconds
-            self.partial = asyncio.create_task(self.say_partial(begun))
+        while len(samples := await self.audio.take(last=last)):
+            self.seconds += len(samples) / SAMPLE_RATE
+            if self.seconds > self.config.max_audio_seconds:
+                raise too_long(_("More than {most:g} seconds were sent.").format(most=self.config.max_audio_seconds))
+            # In a thread: 5 s of sound keep the detector busy for 15 ms, in which nobody else would be answered.
+            for utterance in await asyncio.to_thread(self.utterances.add, samples):
+                await self.finish(utterance)
+            busy = self.partial is not None and not self.partial.done()
+            begun = None if busy else self.utterances.under_way
+            if begun is not None and self.seconds - self.partial_at >= PARTIAL_SECONDS:
+                self.partial_at = self.seconds
+                self.partial = asyncio.create_task(self.say_partial(begun))
 
     async def say_partial(self, begun: Utterance) -> None:
         """What the utterance under way sounds like so far. Where there is no time for it, nothing."""
@@ -252,14 +320,17 @@ class Session:
     async def finish(self, utterance: Utterance) -> None:
         """Say all of an utterance. Its partial texts are over."""
         await self.stop_partial()
-        answer = self.last = await self.answer(utterance, self.settings)
+        answer = self.last = await self.unless_gone(self.answer(utterance, self.settings))
         if not answer.result.text:
             return
         self.text = joined(self.text, answer.result.text)
         await self.socket.send_json(self.message("final", utterance, answer))
         self.count += 1
+        if (adapter := answers.voice_of(answer)["adapter"]) not in self.adapters:
+            self.adapters.append(adapter)
 
     async def answer(self, utterance: Utterance, settings: DecodeSettings, *, may_keep: bool = True) -> Answer:
+        self.again.caller(self.header, self.host).allow(self.patient)
         return await self.service.transcribe(
             SpeechRequest(
                 audio=utterance.audio,
@@ -276,9 +347,7 @@ class Session:
     async def stop_partial(self) -> None:
         task, self.partial = self.partial, None
         if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await ended(task)
 
     def message(self, kind: str, utterance: Utterance, answer: Answer) -> dict[str, Any]:
         return {
@@ -300,7 +369,25 @@ class Session:
             "duration": round(self.seconds, 3),
             "utterances": self.count,
             **voice,
+            "adapters": self.adapters,
         }
+
+
+def too_long(message: str) -> ServiceError:
+    return ServiceError(413, "audio_too_long", message, _("Connect again for more."))
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel it where it is not done, and return when it is."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # of no interest: otherwise asyncio logs that nobody asked
+
+
+def _cost(message: Message) -> int:
+    return len(message.get("bytes") or message.get("text") or "") + 100  # so much an empty one takes
 
 
 def _is_end(text: str) -> bool:

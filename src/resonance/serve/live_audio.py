@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import soxr
 
 from resonance.messages import _
+from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.faults import ServiceError
 from resonance.units import SAMPLE_RATE
 
@@ -23,7 +25,11 @@ NOTHING = np.zeros(0, np.float32)
 STARTS = {b"OggS": "ogg", b"\x1aE\xdf\xa3": "matroska"}  # of what a browser's MediaRecorder sends
 FEWEST_RATE, MOST_RATE = 8_000, 96_000  # samples per second
 READ_BYTES = 4096
+WAIT_STEP_SECONDS = 0.01
 ENDING_SECONDS = 10.0  # for the decoder to finish what it was given
+# Half a megabyte of Opus can be half an hour of silence: decoded at once that took 800 MB, and 5 s of the event loop.
+TAKEN_SAMPLES = 5 * SAMPLE_RATE  # given at once
+READY_SAMPLES = 10 * SAMPLE_RATE  # decoded ahead of who takes it
 
 
 class LiveAudio(Protocol):
@@ -33,7 +39,9 @@ class LiveAudio(Protocol):
         """Take what came. Raises ServiceError where it cannot be sound."""
 
     async def take(self, *, last: bool = False) -> Samples:
-        """What can be heard of it and was not taken yet; with `last`, all of it. Raises ServiceError 400."""
+        """What can be heard of it and was not taken yet, [samples] of at most 5 s; none where there is no more now. With
+        `last` nothing more comes, and none means that all was taken. Raises ServiceError 400, and 504 where the rest is not
+        decoded in time."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -59,7 +67,8 @@ class Pcm:
     async def take(self, *, last: bool = False) -> Samples:
         if last and self.resampler:
             self.ready.append(self.resampler.resample_chunk(NOTHING, last=True))
-        found, self.ready = np.concatenate([NOTHING, *self.ready]), []
+            self.resampler = None
+        found, self.ready = _first(self.ready)
         return found
 
     def close(self) -> None:
@@ -68,12 +77,12 @@ class Pcm:
 
 class Opus:
     """Opus in Ogg or WebM, decoded by FFmpeg in a thread as it comes. Nothing but these two containers and this one codec
-    is opened, and no more than `max_seconds` of sound is decoded."""
+    is opened, no more than `max_seconds` of sound is decoded, and no more than 10 s before it is taken."""
 
     def __init__(self, max_seconds: float) -> None:
         self.max_samples = int(max_seconds * SAMPLE_RATE)
         self.incoming: queue.Queue[bytes] = queue.Queue()  # b"" is the end
-        self.lock = threading.Lock()
+        self.room = threading.Condition()  # guards `ready`; the decoder waits for it to be taken
         self.ready: list[Samples] = []
         self.fault: ServiceError | None = None
         self.begun = b""
@@ -100,19 +109,34 @@ class Opus:
         if last:
             self.incoming.put(b"")
             if self.thread:
-                await asyncio.to_thread(self.thread.join, ENDING_SECONDS)
+                until = time.monotonic() + ENDING_SECONDS
+                while not self._enough() and time.monotonic() < until:
+                    await asyncio.sleep(WAIT_STEP_SECONDS)
             elif self.begun:
                 raise not_opus()
-        with self.lock:
-            found, self.ready = np.concatenate([NOTHING, *self.ready]), []
-        if self.fault:
+        with self.room:
+            found, self.ready = _first(self.ready)
+            self.room.notify()
+        if self.fault and not len(found):
             raise self.fault
+        if last and not len(found) and self.thread and self.thread.is_alive():
+            raise deadline_passed()
         return found
 
     def close(self) -> None:
-        self.closed = True
+        with self.room:
+            self.closed = True
+            self.ready = []
+            self.room.notify()
         self.incoming.put(b"")
-        self.ready = []
+
+    def _enough(self) -> bool:
+        """Whether there is as much as is taken at once, or nothing more comes."""
+        with self.room:
+            return self._held() >= TAKEN_SAMPLES or not (self.thread and self.thread.is_alive())
+
+    def _held(self) -> int:
+        return sum(len(block) for block in self.ready)
 
     def _decode(self, form: str) -> None:
         import av
@@ -141,12 +165,19 @@ class Opus:
         for frame in _frames(container, stream):
             blocks = [part.to_ndarray().reshape(-1) for part in resampler.resample(frame)]
             count += sum(len(block) for block in blocks)
-            if self.closed:
-                return
-            with self.lock:
+            with self.room:
+                self.room.wait_for(lambda: self.closed or self._held() < READY_SAMPLES)
+                if self.closed:
+                    return
                 self.ready += blocks
             if count > self.max_samples:
                 return  # who listens counts too, and refuses
+
+
+def _first(ready: list[Samples]) -> tuple[Samples, list[Samples]]:
+    """As much as is taken at once, and what is left."""
+    found = np.concatenate([NOTHING, *ready])
+    return found[:TAKEN_SAMPLES], [found[TAKEN_SAMPLES:]] if len(found) > TAKEN_SAMPLES else []
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
