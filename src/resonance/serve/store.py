@@ -30,9 +30,8 @@ from resonance.serve.places import LocalFolder, open_folder
 
 CURRENT = "current"
 CHECKSUMS = "checksums.json"
-KEPT_ENDINGS = frozenset(
-    {".json", ".safetensors", ".txt", ".md"}
-)  # what an adapter folder is made of; nothing that runs
+# What an adapter folder is made of. A pickle (.bin, .pt) runs code when it is read.
+KEPT_ENDINGS = frozenset({".json", ".safetensors", ".txt", ".md"})
 
 _IN_FOLDER = "folder-"  # begins the names of versions that lie at <id>/ itself; those of stored ones begin with a year
 _NEEDED = ("adapter_config.json", WEIGHTS_FILE, adapters.INFO_FILE, "tokenizer.json", "preprocessor_config.json")
