@@ -308,3 +308,12 @@ def test_a_damaged_config_is_refused(text: str, plain: Callable[[Path], Path], b
     folder = plain(tmp_path / "adapter")
     (folder / "adapter_config.json").write_bytes(text.encode(errors="surrogatepass"))
     assert len(refused(folder, base)) < 600
+
+
+def test_notes_of_an_adapter_that_fill_the_memory_are_not_read(
+    plain: Callable[[Path], Path], base: Base, tmp_path: Path
+) -> None:
+    folder = plain(tmp_path / "adapter")
+    path = folder / "resonance.json"
+    path.write_text(path.read_text() + " " * (1 << 20))
+    assert "too large" in refused(folder, base)
