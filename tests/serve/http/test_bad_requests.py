@@ -77,6 +77,7 @@ CASES = {
     "larger than allowed": Wrong(413, "upload_too_large", data=bytes(2_000_001)),
     "wrong field name": Wrong(400, "missing_file", name="audio", said="audio"),
     "unknown field": Wrong(400, "unknown_field", {"langage": "en"}, said="language"),
+    "half a character": Wrong(400, "invalid_value", {"phrases": '["abc\\ud800"]'}),
     "unknown patient": Wrong(404, "adapter_not_found", {"patient_id": "nobody"}),
     "path as id": Wrong(400, "invalid_patient_id", {"patient_id": "../x"}),
     "empty id": Wrong(400, "invalid_patient_id", {"patient_id": ""}),
