@@ -194,6 +194,12 @@ def test_an_adapter_that_was_never_trained_is_what_it_says_it_is(tiny_model: Pat
         ({"target_modules": ["q_proj", "v_proj", "fc1"]}, r"does not fit together: 4 layers .*fc1"),
         ({"target_modules": ["q_proj"]}, r"does not fit together: 6 layers .*v_proj"),
         ({"target_modules": "((a+)+)+b"}, "too involved"),
+        ({"exclude_modules": ".?" * 25 + "X"}, "too involved"),
+        ({"exclude_modules": "(.|.)" * 25 + "X"}, "too involved"),
+        ({"exclude_modules": "(?x)(.+) +X"}, "too involved"),
+        ({"alpha_pattern": {f".*.*X{i}": 1 for i in range(20)}}, "too involved"),
+        ({"alpha_pattern": {"?x:(.+) +X": 1}}, "too involved"),
+        ({"target_modules": ["q"] * 1001}, "too many"),
         ({"target_modules": "[q"}, "damaged"),
         ({"target_modules": None}, "damaged"),
         ({"target_modules": [5]}, "damaged"),
@@ -302,3 +308,12 @@ def test_a_damaged_config_is_refused(text: str, plain: Callable[[Path], Path], b
     folder = plain(tmp_path / "adapter")
     (folder / "adapter_config.json").write_bytes(text.encode(errors="surrogatepass"))
     assert len(refused(folder, base)) < 600
+
+
+def test_notes_of_an_adapter_that_fill_the_memory_are_not_read(
+    plain: Callable[[Path], Path], base: Base, tmp_path: Path
+) -> None:
+    folder = plain(tmp_path / "adapter")
+    path = folder / "resonance.json"
+    path.write_text(path.read_text() + " " * (1 << 20))
+    assert "too large" in refused(folder, base)

@@ -97,6 +97,8 @@ def test_what_systems_add_to_folders_is_left_out(folder: Path) -> None:
         "x.so",
         "json",
         "x.zip",
+        "x.yaml",  # the store would leave it out
+        "x.JSON",
     ],
 )
 def test_names_that_lead_elsewhere_or_are_no_adapters_files_are_refused(folder: Path, name: str) -> None:

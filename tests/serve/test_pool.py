@@ -106,6 +106,13 @@ def together(count: int, call: Callable[[int], Any]) -> list[Any]:
         return list(threads.map(one, range(count)))
 
 
+def until(true: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
 def test_sixteen_who_ask_at_once_share_one_load(
     store: CountingStore, people: list[str], make_pool: Callable[..., AdapterPool]
 ) -> None:
@@ -378,6 +385,56 @@ def test_a_look_that_began_before_a_change_answers_only_those_who_asked_before_i
     assert pool.stats().loaded == 1
     pool.release(new)
     assert pool.stats().bytes == SIZE and pool.stats().pinned == 0
+
+
+def test_after_a_change_nobody_is_answered_by_what_was_there_before(
+    store: CountingStore,
+    people: list[str],
+    make_pool: Callable[..., AdapterPool],
+    make_adapter: Make,
+    tmp_path: Path,
+) -> None:
+    pool = make_pool()
+    old = pool.acquire("anna")
+    store.before_read = lambda _patient: time.sleep(0.1)
+    put = store.put("anna", make_adapter(tmp_path / "new", seed=77))
+    pool.changed("anna")
+    found = together(8, lambda _i: pool.acquire("anna"))
+    assert {adapter.version for adapter in found} == {put.name} and store.reads == ["anna", "anna"]
+    for adapter in (old, *found):
+        pool.release(adapter)
+    assert pool.stats().loaded == 1 and pool.stats().bytes == SIZE and pool.stats().pinned == 0
+    store.unreachable = True
+    pool.changed("anna")  # who knows what was changed
+    assert fault(lambda: pool.acquire("anna")).code == "adapter_store_unreachable"
+
+
+def test_a_change_of_a_change_leaves_one_adapter_in_memory(
+    store: CountingStore,
+    people: list[str],
+    make_pool: Callable[..., AdapterPool],
+    make_adapter: Make,
+    tmp_path: Path,
+) -> None:
+    pool = make_pool()
+    pool.release(pool.acquire("anna"))
+    store.before_read = lambda _patient: time.sleep(0.05)
+    for seed in (77, 78, 79):
+        put = store.put("anna", make_adapter(tmp_path / str(seed), seed=seed))
+        pool.changed("anna")
+    with pool.holding("anna") as adapter:
+        assert adapter.version == put.name
+    until(lambda: pool.stats().loaded == 1 and pool.stats().bytes == SIZE and pool.stats().pinned == 0)
+
+
+def test_what_was_deleted_leaves_the_memory_though_nobody_asks_for_it(
+    store: CountingStore, people: list[str], make_pool: Callable[..., AdapterPool]
+) -> None:
+    pool = make_pool()
+    pool.release(pool.acquire("anna"))
+    store.delete("anna")
+    pool.changed("anna")
+    until(lambda: pool.stats().loaded == 0 and pool.stats().bytes == 0)
 
 
 def test_a_store_out_of_reach_stops_nobody_who_is_in_memory(

@@ -72,6 +72,7 @@ def test_programs_and_own_pages_may_ask_without_tokens(headers: dict[str, str]) 
     [
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Origin": "http://127.0.0.1:9999"},
         {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
         {"Host": "evil.example:8000"},

@@ -365,6 +365,30 @@ def test_what_holds_no_adapter_is_not_listed(local: AdapterStore, make_adapter: 
     assert local.patients() == ["anna"] and not local.has("readme") and local.version("unfinished") is None
 
 
+def test_a_link_to_itself_hides_nobody(local: AdapterStore, make_adapter: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    local.put("anna", make_adapter(tmp_path / "a"))
+    (folder / "loop").symlink_to("loop")
+    (folder / "anna" / "loop").symlink_to("loop")
+    (folder / "bad").mkdir()
+    (folder / "bad" / "current").symlink_to("current")
+    assert local.patients() == ["anna", "bad"] and local.has("anna")
+
+
+def test_when_it_was_stored_is_told_without_reading_weights(
+    local: AdapterStore, make_adapter: Make, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path / "adapters" / "anna")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("nowhere")
+    assert local.created("anna") == "2026-01-01T00:00:00+00:00" and local.created("nobody") is None
+    assert local.created("bert") is None
+    put = local.put("bert", make_adapter(tmp_path / "b"))
+    assert local.created("bert") == put.created
+    (folder / "resonance.json").write_text('{"created": "x"}' + " " * (1 << 20))
+    assert local.created("anna") == ""
+
+
 def test_a_place_that_is_not_there_or_is_an_adapter_itself_is_refused_at_once(
     make_adapter: Make, tmp_path: Path, s3: str
 ) -> None:

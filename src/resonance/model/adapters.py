@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from resonance.errors import AdapterError
 from resonance.messages import _
@@ -19,6 +19,7 @@ from resonance.model.builtin import folder_of
 
 INFO_FILE = "resonance.json"
 FORMAT_VERSION: Literal[1] = 1
+MAX_INFO_BYTES = 1 << 20
 
 
 class Info(BaseModel):
@@ -51,6 +52,8 @@ def read_info(folder: Path) -> Info:
     """`resonance.json` of a folder. Raises AdapterError where it is missing or not what it should be."""
     path = folder / INFO_FILE
     try:
+        if path.stat().st_size > MAX_INFO_BYTES:
+            raise ValueError("too large")
         return Info.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(
@@ -58,7 +61,7 @@ def read_info(folder: Path) -> Info:
                 folder=folder, name=INFO_FILE
             )
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValueError as error:  # pydantic's and those of UTF-8 among them
         raise AdapterError(
             _("{path} is damaged or was written by another version of Resonance: {reason}").format(
                 path=path, reason=str(error).splitlines()[0]

@@ -17,6 +17,10 @@ CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 512  # as for --lora_r
 
 _MAX_BYTES = 1 << 20
+_MOST_NAMES = 1000  # large-v3 has 512 linear layers that can be updated
+_LONGEST_NAME = 48  # characters; model.decoder.layers.31.encoder_attn.out_proj has 44
+# In which expressions may match a name, all of them together; 100,000 take up to 3 ms, and nothing else in the process moves.
+_MOST_WAYS = 100_000
 # What is read below, what shapes training only, and what says nothing about weights. Anything else that is set changes what
 # the matrices mean: DoRA, aLoRA, QALoRA, and whatever comes next.
 _UNDERSTOOD = {
@@ -121,6 +125,7 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _settings(config: dict[str, Any]) -> LoraSettings:
+    _check_expressions(config)
     ranks, alphas = _patterns(config.get("rank_pattern")), _patterns(config.get("alpha_pattern"))
     r, alpha = config["r"], config["lora_alpha"]
     for rank in (r, *(value for _key, value in ranks)):
@@ -144,24 +149,41 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
 def _layers(names: str | Sequence[str]) -> re.Pattern[str]:
     """Ends of names of layers, or one expression over whole names (`BaseTuner.check_target_module_exists`)."""
     if isinstance(names, str):
-        return _expression(names)
+        return re.compile(names)
+    if len(names) > _MOST_NAMES:
+        raise ValueError("too many names of layers")
     return re.compile(rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in names)})")
 
 
 def _patterns(found: dict[str, Any] | None) -> Patterns:
     """The first whose expression matches the end of a name counts (`peft.utils.other.get_pattern_key`)."""
-    if len(found or {}) > 1000:
-        raise ValueError("too many patterns")
-    return tuple((_expression(rf"(.*\.)?({key})$", 5), value) for key, value in (found or {}).items())
+    return tuple((re.compile(rf"(.*\.)?({key})$"), value) for key, value in (found or {}).items())
 
 
-def _expression(text: str, most: int = 4) -> re.Pattern[str]:
-    """`text` as an expression that names of layers are matched with at once, whoever wrote it: repeated groups and many
-    repetitions can take hours, in which nothing else in the process moves."""
-    repetitions = len(re.findall(r"[*+{]", text))
-    if len(text) > 1000 or repetitions > most or re.search(r"\)[*+{]|\\[1-9]|\(\?P=", text):
-        raise ValueError(f"expression too involved: {text[:80]}")
-    return re.compile(text)
+def _check_expressions(config: dict[str, Any]) -> None:
+    """Raise ValueError where names of layers could not be matched at once, whoever wrote the expressions."""
+    ways = 0
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            ways += _ways(config[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        keys = config.get(name) or {}
+        if len(keys) > _MOST_NAMES:
+            raise ValueError("too many patterns")
+        ways += sum(8 * _ways(f"({key})") for key in keys)  # a name has at most 7 parts before the one that is matched
+    if ways > _MOST_WAYS:
+        raise ValueError("expressions too involved; give the names of the layers")
+
+
+def _ways(text: str) -> int:
+    """In how many ways, at most, an expression may match one name, all of which are tried where it does not."""
+    plain = text.replace("(?:", "(")
+    # A repeated group has exponentially many; flags, references and the like are not counted below.
+    if len(text) > 1000 or re.search(r"\)[*+{]|\(\?|\\[1-9]", plain):
+        raise ValueError(f"expression too involved: {text[:80]}; give the names of the layers")
+    repetitions = len(re.findall(r"[*+{]", plain))
+    choices = math.prod(part.count("|") + 1 for part in re.split(r"[()]", plain))
+    return math.comb(_LONGEST_NAME + repetitions, repetitions) * int(2 ** plain.count("?")) * choices
 
 
 def _first(patterns: Patterns, layer: str, otherwise: float) -> float:

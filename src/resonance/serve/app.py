@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from resonance.config_serve import ServeConfig
-from resonance.errors import DataError, ModelError, ResonanceError
+from resonance.errors import AdapterError, AudioError, DataError, ModelError, ResonanceError, ShardError
 from resonance.messages import _
 from resonance.serve import listen, openapi, routes_health, routes_openai, routes_patients, routes_transcribe
 from resonance.serve.audit import Audited, AuditLog
@@ -29,6 +29,7 @@ from resonance.serve.service import Service
 from resonance.serve.uploads import ReadingBudget
 
 ROUTERS = (routes_health, routes_transcribe, routes_patients, routes_openai, listen)
+RETRY_SECONDS = 5
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -57,6 +58,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
         HTTPException: refused_by_starlette,
         RequestValidationError: invalid,
         ResonanceError: failed,
+        OSError: failed,
         ClientDisconnect: gone,
     }
     for kind, handler in handlers.items():
@@ -138,11 +140,37 @@ def gone(request: Request, error: ClientDisconnect) -> Response:
     return Response(status_code=499)
 
 
-def failed(request: Request, error: ResonanceError) -> Response:
-    """What the model or its data refuse is the request's fault; the rest is ours."""
-    if isinstance(error, DataError | ModelError):
-        fault = ServiceError(400, "invalid_request", str(error), _("/docs says how to ask."))
+def failed(request: Request, error: Exception) -> Response:
+    """What an adapter is refused for is told. Where the store fails is for the log alone: it names places of this machine."""
+    if isinstance(error, AdapterError):
+        fault = ServiceError(
+            422,
+            "adapter_unusable",
+            str(error),
+            _("Upload the adapter of this person again, or roll back to an older version."),
+        )
+        return refused(request, fault)
+    if isinstance(error, AudioError | ModelError):
+        return refused(request, ServiceError(400, "invalid_request", str(error), _("/docs says how to ask.")))
+    request_id = request.state.request_id
+    if isinstance(error, ShardError):
+        log.warning("request %s: %s", request_id, error)
+        fault = ServiceError(
+            503,
+            "adapter_store_unreachable",
+            _("The place where the adapters are kept cannot be read now."),
+            _("Try again in a moment. The log of the service says more."),
+            retry_after=RETRY_SECONDS,
+        )
+    elif isinstance(error, DataError | OSError):
+        log.error("request %s: %s at %s", request_id, error, where(error))
+        fault = ServiceError(
+            500,
+            "storage_failed",
+            _("The place where the adapters are kept does not do what it should."),
+            _("The log of the service says more. Tell who runs it."),
+        )
     else:
-        log.error("request %s: %s at %s", request.state.request_id, type(error).__name__, where(error))
+        log.error("request %s: %s at %s", request_id, type(error).__name__, where(error))
         fault = internal_error()
-    return JSONResponse(fault.body, fault.status)
+    return refused(request, fault)

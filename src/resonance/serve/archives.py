@@ -11,10 +11,9 @@ from pathlib import Path
 
 from resonance.messages import _
 from resonance.serve.faults import ServiceError
+from resonance.serve.store import KEPT_ENDINGS
 from resonance.serve.uploads import shown_name
 
-# What an adapter folder is made of. A pickle (.bin, .pt) runs code when it is read.
-KINDS = frozenset({".json", ".jsonl", ".safetensors", ".txt", ".md", ".yaml", ".yml", ".jinja", ".model"})
 PIECE_BYTES = 1 << 20
 MAX_RATIO = 200  # unpacked to packed: JSON reaches 20, weights 1.1; zeros, which are a bomb, 1000
 RATIO_FROM_BYTES = 1 << 20
@@ -122,7 +121,7 @@ def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
         raise _refused(_("{name} is not a plain file").format(name=shown))
-    if Path(parts[-1]).suffix.lower() not in KINDS:
+    if Path(parts[-1]).suffix not in KEPT_ENDINGS:
         raise _refused(_("{name} is of a kind that adapters do not have").format(name=shown))
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise _refused(_("{name} is compressed in an unusual way").format(name=shown))

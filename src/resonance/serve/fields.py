@@ -54,6 +54,13 @@ def once(fields: Fields, name: str) -> str | None:
     return values[0] if values else None
 
 
+def encodable(name: str, value: str) -> str:
+    """`value`. Raises ServiceError 400 where it has half a character, which JSON can name and nothing can write."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise wrong(name, value, _("It has a character that is not one."))
+    return value
+
+
 def text(fields: Fields, name: str, longest: int = LONGEST_PROMPT) -> str | None:
     """The one value of a field; None where it was left out or is empty."""
     value = once(fields, name)
@@ -67,7 +74,7 @@ def text(fields: Fields, name: str, longest: int = LONGEST_PROMPT) -> str | None
             _("Shorten it."),
             param=name,
         )
-    return value
+    return encodable(name, value)
 
 
 def choice(fields: Fields, name: str, allowed: Sequence[str], default: str, *, code: str = "invalid_value") -> str:
@@ -145,7 +152,7 @@ def many(fields: Fields, name: str) -> list[str]:
             found += _json_list(name, value)
         else:
             found += value.splitlines()
-    return [" ".join(part.split()) for part in found if part.strip()]
+    return [" ".join(encodable(name, part).split()) for part in found if part.strip()]
 
 
 def _json_list(name: str, value: str) -> list[str]:

@@ -44,7 +44,7 @@ class OwnPagesOnly:
     def _own(self, headers: dict[bytes, bytes]) -> bool:
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin not in self.config.cors_origins and urlsplit(origin).netloc != host:
+        if origin and origin not in self.config.cors_origins and _place(origin) != host:
             return False
         # --insecure: others reach the service, by names that it does not know.
         return self.config.insecure or not host or self._names_this_machine(host)
@@ -60,3 +60,10 @@ class OwnPagesOnly:
             return ipaddress.ip_address(name).is_loopback
         except ValueError:
             return False
+
+
+def _place(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

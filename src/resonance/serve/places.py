@@ -107,14 +107,14 @@ class LocalFolder:
     def files(self, folder: str) -> dict[str, File]:
         found = {}
         for entry in self._entries(folder):
-            with contextlib.suppress(FileNotFoundError):  # gone since
+            with contextlib.suppress(OSError):  # gone since, or a link that leads nowhere
                 if entry.is_file():
                     stat = entry.stat()
                     found[entry.name] = File(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}")
         return found
 
     def folders(self, folder: str) -> list[str]:
-        return [entry.name for entry in self._entries(folder) if entry.is_dir()]
+        return [entry.name for entry in self._entries(folder) if _is_folder(entry)]
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         try:
@@ -217,6 +217,13 @@ class RemoteFolder:
 
     def _full(self, path: str) -> str:
         return f"{self.address}/{path}" if path else self.address
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 @contextlib.contextmanager

@@ -51,8 +51,9 @@ class PoolStats:
 class _Look:
     """One look at the store, and the load that follows from it, for everybody who waits for it."""
 
-    done: threading.Event = field(default_factory=threading.Event)
+    changed: bool = False  # begun by `changed`: what was in memory before it answers nobody who asks now
     waiting: int = 1
+    done: threading.Event = field(default_factory=threading.Event)
     adapter: LoadedAdapter | None = None
     error: ServiceError | None = None
 
@@ -95,7 +96,7 @@ class AdapterPool:
 
     def acquire(self, patient: str) -> LoadedAdapter:
         """The newest good version of the adapter of `patient`, which stays in memory until it is released. Waits where it
-        has to be loaded; where only a newer one is being loaded, the older one is given.
+        has to be loaded; where only a newer one is being loaded, the older one is given, unless `changed` has been called.
 
         Raises ServiceError: 400 invalid_patient_id, 404 adapter_not_found, 422 adapter_unusable with the reason, 503
         adapter_memory_full and adapter_store_unreachable.
@@ -105,22 +106,23 @@ class AdapterPool:
             slot = self._slots.setdefault(patient, _Slot())
             self._slots.move_to_end(patient)
             fresh = self._clock() - slot.looked < self.refresh_seconds
-            if slot.adapter is not None:
-                self._pins[slot.adapter] += 1
-                if fresh or slot.look is not None:
-                    self._hits += 1
-                    return slot.adapter
-            elif slot.look is None and fresh and slot.error is not None:
+            look, had = slot.look, slot.adapter
+            if had is not None and (fresh if look is None else not look.changed):
+                self._pins[had] += 1
+                self._hits += 1
+                return had
+            if had is None and look is None and fresh and slot.error is not None:
                 raise _again(slot.error)
-            look = slot.look
             mine = look is None
             if look is None:
                 look = slot.look = _Look()
+                if had is not None:
+                    self._pins[had] += 1
                 self._forget_ids()
             else:
                 look.waiting += 1
         if mine:
-            self._follow(patient, slot, look)
+            self._follow(patient, slot, look, had)
         else:
             look.done.wait()
         if look.adapter is None:
@@ -143,12 +145,23 @@ class AdapterPool:
             self.release(adapter)
 
     def changed(self, patient: str) -> None:
-        """Look at the store again before the next answer for `patient`: it was written to."""
+        """The store was written to: whoever asks for `patient` from now on waits until it was looked at again. What was
+        deleted leaves the memory, though nobody asks for it. Returns at once."""
         with self._lock:
             slot = self._slots.get(patient)
-            if slot is not None:
-                # A look under way may have seen what was there before; it goes on for those who wait for it already.
-                slot.looked, slot.look, slot.error = -math.inf, None, None
+            if slot is None:
+                return
+            # A look under way may have seen what was there before; it goes on for those who wait for it already.
+            slot.looked, slot.look, slot.error = -math.inf, None, None
+            had = slot.adapter
+            if had is None:
+                return
+            look = slot.look = _Look(changed=True, waiting=0)
+            self._pins[had] += 1
+        follow = threading.Thread(
+            target=self._follow, args=(patient, slot, look, had), name="resonance-changed", daemon=True
+        )
+        follow.start()
 
     def check(self, folder: Path) -> LoadedAdapter:
         """The adapter in `folder`, as it would be loaded; it is not kept. Raises ServiceError 422 with the reason."""
@@ -186,9 +199,9 @@ class AdapterPool:
                 behind=sum(bool(slot.behind) for slot in self._slots.values()),
             )
 
-    def _follow(self, patient: str, slot: _Slot, look: _Look) -> None:
-        """Look at the store and load what is new there. The caller holds the adapter of the slot, if there is one."""
-        had, began = slot.adapter, self._clock()
+    def _follow(self, patient: str, slot: _Slot, look: _Look, had: LoadedAdapter | None) -> None:
+        """Look at the store and load what is new there. had: the adapter of the slot, which the caller has pinned."""
+        began = self._clock()
         found: LoadedAdapter | None = None
         error: ServiceError | None = None
         try:
@@ -253,15 +266,17 @@ class AdapterPool:
                 slot.wanted_bytes = found.nbytes
                 found, error = None, _memory_full()
         self._failed += error is not None and error.code in (_UNUSABLE, _UNREACHABLE)
-        if error is not None and error.status != 404:
+        if error is not None and error.status != 404 and not (look.changed and error.status == 503):
             found = had
         if found is not None:
             self._pins[found] += look.waiting
         look.adapter, look.error = found, error
         if newest:
             self._keep(patient, slot, found, error, began)
-        if had is not None and had is not slot.adapter and self._pins[had] == 0:
-            self._drop(had)
+        for one in {found, had} - {None, slot.adapter}:
+            assert one is not None
+            if self._pins[one] == 0:
+                self._drop(one)
 
     def _keep(
         self, patient: str, slot: _Slot, found: LoadedAdapter | None, error: ServiceError | None, began: float

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from resonance.errors import ResonanceError, UnreachableError
 from resonance.messages import _
 from resonance.serve import answers, fields, openapi, shapes
 from resonance.serve.asking import Who, config_of, deadline, form_of, heard, patient_of, service_of, unless_gone
@@ -22,11 +23,12 @@ from resonance.serve.auth import Caller
 from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.fields import Fields
+from resonance.serve.outer import log
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_transcribe import fallback_of, patient_asked, temperatures_of
 from resonance.serve.shapes import IDS, ModelList, ModelShape, OpenaiText, OpenaiVerbose, Page, refusals
 from resonance.serve.speech import Answer, SpeechRequest
-from resonance.serve.store import VersionInfo
+from resonance.serve.store import AdapterStore
 from resonance.transcribe.recognizer import DecodeSettings, Times
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -309,8 +311,21 @@ def _adapters(request: Request, caller: Caller, after: str | None, limit: int) -
         names = []
     else:
         names = store.patients(after, limit + 1)
-    found = [(name, store.current(name)) for name in names[:limit] if name not in base_names(request)]
-    return [_model(name, seconds_of(version)) for name, version in found if version], len(names) > limit
+    bases = base_names(request)
+    found = [(name, _created(store, name)) for name in names[:limit] if name not in bases]
+    return [_model(name, created) for name, created in found if created is not None], len(names) > limit
+
+
+def _created(store: AdapterStore, patient: str) -> int | None:
+    """When the adapter that answers was stored; None where there is none, or none that can be told."""
+    try:
+        created = store.created(patient)
+    except UnreachableError:
+        raise
+    except ResonanceError as error:  # one that is damaged hides no other
+        log.warning("%s: %s", patient, error)
+        return None
+    return None if created is None else seconds_of(created)
 
 
 @router.get(
@@ -324,15 +339,18 @@ async def model(request: Request, model: str, caller: Who) -> JSONResponse:
         return JSONResponse(_model(model))
     patient = voice_of(model, {}, caller, request)
     store = service_of(request).store
-    current = await asyncio.to_thread(store.current, patient) if store and patient else None
-    if current is None:
+    created = await asyncio.to_thread(_created, store, patient) if store and patient else None
+    if created is None:
         raise model_not_found(model)
-    return JSONResponse(_model(model, seconds_of(current)))
+    return JSONResponse(_model(model, created))
 
 
-def seconds_of(version: VersionInfo) -> int:
-    """When it was stored, since 1970."""
-    return int(datetime.fromisoformat(version.created).timestamp())
+def seconds_of(created: str) -> int:
+    """Since 1970, of a time in ISO 8601; 0 where it is none, which somebody else may have written."""
+    try:
+        return max(0, int(datetime.fromisoformat(created).timestamp()))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return 0
 
 
 def _model(name: str, created: int = STARTED) -> dict[str, Any]:

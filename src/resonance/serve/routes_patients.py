@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resonance.messages import _
 from resonance.serve import fields, shapes
@@ -27,6 +28,7 @@ router = APIRouter(tags=["patients"])
 COMMON = (400, 401, 403, 404, 409, 429, 500, 503)
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed", "application/octet-stream")
 PACKED = {"type": "string", "format": "binary", "description": "The adapter folder as a zip file."}
+MAX_ROLLBACK_BYTES = 4096
 UPLOAD = {"requestBody": {"required": True, "content": {"application/zip": {"schema": PACKED}}}}
 
 
@@ -37,8 +39,14 @@ def _responses(status: int, text: str, *more: int) -> Responses:
 class Rollback(BaseModel):
     """Which version answers from now on."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"version": "20260114-101500-3f2a"}, {}]})
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"version": shapes.VERSION}, {}]})
     version: str | None = None
+
+
+# Not a parameter of the route: FastAPI reads those before it asks who is there, whatever their size.
+ROLLBACK = {
+    "requestBody": {"required": False, "content": {"application/json": {"schema": Rollback.model_json_schema()}}}
+}
 
 
 @router.get(
@@ -108,17 +116,16 @@ async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> J
     "/patients/{patient_id}/adapter/rollback",
     summary="Let an earlier version answer",
     response_model=VersionShape,
-    responses=_responses(200, "The version that answers now.", 422),
+    responses=_responses(200, "The version that answers now.", 408, 413, 422),
+    openapi_extra=ROLLBACK,
 )
-async def roll_back(
-    request: Request, patient_id: PatientId, caller: Who, wanted: Rollback | None = None
-) -> JSONResponse:
+async def roll_back(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     """Without a version, the one before."""
     patient = patient_of(request, patient_id)
     caller.allow_manage()
     store_of(request)
-    version = wanted.version if wanted else None
-    return JSONResponse(shape(await service_of(request).roll_back(patient, version)))
+    wanted = await _wanted(request)
+    return JSONResponse(shape(await service_of(request).roll_back(patient, wanted.version)))
 
 
 @router.delete(
@@ -167,6 +174,20 @@ def shape(version: VersionInfo) -> dict[str, Any]:
         "bytes": version.bytes,
         "current": version.current,
     }
+
+
+async def _wanted(request: Request) -> Rollback:
+    until, budget = deadline(config_of(request)), budget_of(request)
+    try:
+        body = await read_body(request, max_bytes=MAX_ROLLBACK_BYTES, deadline=until, budget=budget)
+    except ServiceError as error:
+        if error.code != "body_empty":
+            raise
+        return Rollback()
+    try:
+        return Rollback.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
 async def _packed(request: Request, most: int) -> bytes:

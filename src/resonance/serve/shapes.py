@@ -97,10 +97,14 @@ class Transcript(Shape):
     """The recording was cut off or damaged in the middle: the text is of the part before."""
 
 
+VERSION = "20260114T101500250000-3f2a9c01"
+"""As the store names them: when it was stored, UTC, and the first digits of the fingerprint."""
+
+
 class VersionShape(Shape):
-    version: str
+    version: str = Field(examples=[VERSION])
     fingerprint: str
-    created: str
+    created: str = Field(examples=["2026-01-14T10:15:00+00:00"])
     """UTC, ISO 8601."""
     bytes: int
     current: bool
@@ -213,11 +217,11 @@ FAULTS = {
 }
 _EXAMPLES = {
     400: ("audio_unreadable", "recording.wav: this is no audio file."),
-    401: ("missing_token", "A token is needed."),
-    403: ("forbidden", "This token does not open this model."),
+    401: ("token_missing", "A token is needed."),
+    403: ("not_yours", "This token does not open this model."),
     404: ("adapter_not_found", "There is no adapter for anna."),
     413: ("upload_too_large", "The upload is larger than 100 MB."),
-    429: ("queue_full", "Too much audio is waiting."),
+    429: ("too_busy", "Too much audio is waiting."),
     503: ("loading", "The model is being loaded."),
 }
 Responses = dict[int | str, dict[str, Any]]

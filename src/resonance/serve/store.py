@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from resonance.errors import AdapterError, ResonanceError
+from resonance.errors import AdapterError, DataError, ResonanceError, UnreachableError
 from resonance.messages import _
 from resonance.model import adapters
 from resonance.model.lora_weights import WEIGHTS_FILE, AdapterBase, LoadedAdapter, read_adapter
@@ -30,9 +30,8 @@ from resonance.serve.places import LocalFolder, open_folder
 
 CURRENT = "current"
 CHECKSUMS = "checksums.json"
-KEPT_ENDINGS = frozenset(
-    {".json", ".safetensors", ".txt", ".md"}
-)  # what an adapter folder is made of; nothing that runs
+# What an adapter folder is made of. A pickle (.bin, .pt) runs code when it is read.
+KEPT_ENDINGS = frozenset({".json", ".safetensors", ".txt", ".md"})
 
 _IN_FOLDER = "folder-"  # begins the names of versions that lie at <id>/ itself; those of stored ones begin with a year
 _NEEDED = ("adapter_config.json", WEIGHTS_FILE, adapters.INFO_FILE, "tokenizer.json", "preprocessor_config.json")
@@ -85,7 +84,9 @@ class AdapterStore:
         check_patient_id(patient)
         try:
             return self._named(patient) is not None or self._plain(patient) is not None
-        except AdapterError:
+        except UnreachableError:
+            raise
+        except (AdapterError, DataError):
             return True  # there is one, if not a good one
 
     def version(self, patient: str) -> str | None:
@@ -110,6 +111,20 @@ class AdapterStore:
         if name.startswith(_IN_FOLDER):
             return self._plain_info(patient, current=True)
         return self._info(patient, name, name)
+
+    def created(self, patient: str) -> str | None:
+        """When the version that answers was made, as it says itself, be it empty; None: there is none. No weights are read.
+
+        Raises AdapterError where `current` is damaged, ShardError where the place cannot be reached.
+        """
+        name = self.version(patient)
+        if name is None:
+            return None
+        if name.startswith(_IN_FOLDER):
+            found = self._plain(patient)
+            return None if found is None else self._plain_created(*found)
+        info = self._info(patient, name, name)
+        return None if info is None else info.created
 
     def versions(self, patient: str) -> list[VersionInfo]:
         """All that can be rolled back to, the newest first; what lies at `<id>/` itself comes last."""
@@ -268,13 +283,17 @@ class AdapterStore:
         if found is None:
             return None
         folder, files = found
-        fingerprint, created = "", ""
+        fingerprint = ""
         if WEIGHTS_FILE in files:
             fingerprint = hashlib.sha256(self._folder.read(f"{folder}/{WEIGHTS_FILE}")).hexdigest()
-        if adapters.INFO_FILE in files:
-            created = str(_json(self._folder.read(f"{folder}/{adapters.INFO_FILE}")).get("created", ""))
         size = sum(files[name].size for name in _NEEDED if name in files)
-        return VersionInfo(_plain_name(files), fingerprint, created, size, current)
+        return VersionInfo(_plain_name(files), fingerprint, self._plain_created(folder, files), size, current)
+
+    def _plain_created(self, folder: str, files: dict[str, Any]) -> str:
+        info = files.get(adapters.INFO_FILE)
+        if info is None or info.size > adapters.MAX_INFO_BYTES:
+            return ""
+        return str(_json(self._folder.read(f"{folder}/{adapters.INFO_FILE}")).get("created", ""))
 
     def _stored(self, patient: str) -> list[str]:
         """Names of versions, the newest first."""

@@ -6,7 +6,7 @@ import io
 import json
 import struct
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ CASES = {
     "larger than allowed": Wrong(413, "upload_too_large", data=bytes(2_000_001)),
     "wrong field name": Wrong(400, "missing_file", name="audio", said="audio"),
     "unknown field": Wrong(400, "unknown_field", {"langage": "en"}, said="language"),
+    "half a character": Wrong(400, "invalid_value", {"phrases": '["abc\\ud800"]'}),
     "unknown patient": Wrong(404, "adapter_not_found", {"patient_id": "nobody"}),
     "path as id": Wrong(400, "invalid_patient_id", {"patient_id": "../x"}),
     "empty id": Wrong(400, "invalid_patient_id", {"patient_id": ""}),
@@ -182,6 +183,29 @@ def test_a_rollback_that_is_no_json_is_refused(client: httpx2.Client) -> None:
     refusal(client.post(path, content=b"{", headers={"Content-Type": "application/json"}), 400, "invalid_value")
     refusal(client.post(path, json={"verion": "x"}), 400, "invalid_value")
     refusal(client.post(path, json={"version": "../x"}), 404, "version_not_found")
+    refusal(client.post(path, content=b" " * 4097), 413, "upload_too_large")
+
+
+def test_the_body_of_a_rollback_is_not_read_before_it_is_known_who_asks(running: Any) -> None:
+    sent = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1 << 16
+            yield b" " * (1 << 16)
+
+    for content in (b"{", pieces()):
+        for token, status, code in ((None, 401, "token_missing"), ("anna", 403, "not_yours")):
+            with running.client(token) as caller:
+                try:
+                    answer = caller.post("/patients/anna/adapter/rollback", content=content)
+                except httpx2.TransportError:  # the connection is closed while it is still sending
+                    assert content != b"{" and sent < 60_000_000
+                else:
+                    refusal(answer, status, code)
+            if content != b"{":
+                break
 
 
 @pytest.mark.parametrize("path", ["/transcribe", "/patients", "/v1/models", "/metrics", V1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import httpx2
 import pytest
+
+from resonance.errors import DataError, UnreachableError
 
 
 def packed(folder: Path, inside: str = "", **instead: bytes) -> bytes:
@@ -125,6 +128,49 @@ def test_patients_come_in_pages(client: httpx2.Client) -> None:
     models = client.get("/v1/models", params={"limit": 1}).json()
     assert [model["id"] for model in models["data"]][-1] == "anna" and models["has_more"]
     assert [m["id"] for m in client.get("/v1/models", params={"after": "anna", "limit": 1}).json()["data"]] == ["bob"]
+
+
+def test_an_adapter_that_is_damaged_hides_no_other_from_the_list_of_models(running: Any, client: httpx2.Client) -> None:
+    folder = running.config.adapters
+    cases = {"no-date": "{}", "bad-date": '{"created": "yesterday"}', "number": '{"created": 5}'}
+    for name, info in cases.items():
+        (folder / name).mkdir()
+        (folder / name / "resonance.json").write_text(info)
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "current").write_text("../x")
+    (folder / "loop").symlink_to("loop")
+    try:
+        found = {model["id"]: model["created"] for model in client.get("/v1/models").json()["data"]}
+        assert {"anna", "bob"} <= found.keys() and [found[name] for name in cases] == [0, 0, 0]
+        assert "damaged" not in found and client.get("/v1/models/damaged").status_code == 404
+        answer = client.get("/patients/damaged/adapter")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_unusable")
+        assert {"anna", "bob", "damaged"} <= {*client.get("/patients").json()["patients"]}
+    finally:
+        (folder / "loop").unlink()
+        for name in (*cases, "damaged"):
+            shutil.rmtree(folder / name)
+
+
+def test_a_fault_of_the_store_is_ours_and_tells_no_path(
+    running: Any, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = [
+        (UnreachableError("s3://voices/x: refused"), 503, "adapter_store_unreachable"),
+        (DataError("/srv/voices/x: cannot be written"), 500, "storage_failed"),
+        (PermissionError(13, "denied", "/srv/voices/x"), 500, "storage_failed"),
+    ]
+    for error, status, code in cases:
+
+        def fail(*_given: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(running.service.store, "patients", fail)
+        answer = client.get("/patients")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
+        assert "voices" not in answer.text and "voices" in caplog.text
+        assert (answer.headers.get("Retry-After") is not None) == (status == 503)
+        caplog.clear()
 
 
 def test_only_an_admin_changes_adapters(running: Any, made: Callable[..., Path]) -> None:
