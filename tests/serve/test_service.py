@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import shutil
 import sys
 import threading
@@ -326,6 +327,50 @@ def test_an_adapter_that_comes_when_nobody_waits_any_more_is_given_back(
             assert (await service.transcribe(request(clip(1), "ann"))).voice
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_storage_that_hangs_stops_neither_others_nor_the_end(
+    scripted: Scripted, adapters: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    """Reading the version of these people waits for a writer who never comes."""
+    root = tmp_path / "adapters"
+    shutil.copytree(adapters, root)
+    pipes = []
+    for number in range(12):
+        (root / f"hung{number}").mkdir()
+        pipes.append(root / f"hung{number}" / "current")
+        os.mkfifo(pipes[-1])
+
+    async def main() -> None:
+        service = service_of(scripted(), root)
+        async with running(service):
+            assert service.pool
+            waiting = [
+                asyncio.create_task(service.transcribe(request(clip(1), f"hung{number}", account=str(number))))
+                for number in range(12)
+            ]
+            await until(lambda: sum(name.startswith("resonance-read") for name in threads()) >= 12)
+            soon = time.monotonic() + WAIT
+            assert (await service.transcribe(request(clip(2), deadline=soon))).voice is None
+            assert (await service.transcribe(request(clip(3), "ann", deadline=soon))).voice
+            put = service.put_adapter("new", make_adapter(tmp_path / "new", seed=3))
+            assert await asyncio.wait_for(put, WAIT)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        hung = [thread for thread in threading.enumerate() if thread.name.startswith("resonance-read")]
+        assert hung and all(thread.daemon for thread in hung)  # the process can end
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate()]
+
+    try:
+        asyncio.run(main())
+    finally:
+        for pipe in pipes:
+            with contextlib.suppress(OSError):  # nobody reads
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
 
 
 # --- going away, being late ---

@@ -7,9 +7,8 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from resonance.serve.faults import ServiceError
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
+from resonance.serve.threads import Threads
 from resonance.serve.until import Until
 from resonance.transcribe.assemble import UNHEARD, is_silent, put_together
 from resonance.transcribe.longform import Samples, Window, windows
@@ -30,32 +30,11 @@ from resonance.transcribe.mixed_engine import Row
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
 from resonance.units import SAMPLE_RATE
 
-Made = TypeVar("Made")
 Rows = list[Future[Transcript]]
 Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
-READERS = 8  # threads that wait for the storage of adapters
-CUTTERS = 2  # threads that cut recordings into windows
 NO_AUDIO = np.zeros(0, np.float32)
-
-
-class Threads:
-    """Those that wait for something or compute a little, beside the one that owns the model."""
-
-    def __init__(self) -> None:
-        self._readers = ThreadPoolExecutor(READERS, "resonance-read")
-        self._cutters = ThreadPoolExecutor(CUTTERS, "resonance-cut")
-
-    def read(self, function: Callable[[], Made]) -> Future[Made]:
-        return self._readers.submit(function)
-
-    def cut(self, function: Callable[[], Made]) -> Future[Made]:
-        return self._cutters.submit(function)
-
-    def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._cutters.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +89,7 @@ class Hearing:
                 keep = functools.partial(
                     self.kept.keep, to_keep, answer, account=request.account, patient=request.patient
                 )
-                await asyncio.wrap_future(self.threads.read(keep))
+                await asyncio.wrap_future(self.threads.write(keep))
             yield answer
 
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
@@ -166,7 +145,7 @@ class Hearing:
             settings = replace(settings, language=self.language)
         # How sure the model is says whether it made its text up.
         settings = replace(settings, scores=settings.scores or request.skip_nonspeech)
-        checked = self.threads.read(functools.partial(self.engine.check, settings, adapter))
+        checked = self.threads.cut(functools.partial(self.engine.check, settings, adapter))
         try:
             await until.get(asyncio.wrap_future(checked))
         except (DataError, ModelError) as error:

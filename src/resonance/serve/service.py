@@ -23,12 +23,13 @@ from resonance.serve.admission import Admission, Place
 from resonance.serve.batcher import Batcher, Engine, broken, not_ready
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
 from resonance.serve.faults import ServiceError
-from resonance.serve.hearing import Hearing, Threads, no_adapters
+from resonance.serve.hearing import Hearing, no_adapters
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, SpeechRequest, Upload
 from resonance.serve.store import AdapterStore, VersionInfo
+from resonance.serve.threads import Threads
 from resonance.serve.until import Until
 from resonance.transcribe.mixed_engine import Row, load_mixed
 from resonance.transcribe.recognizer import DecodeSettings, TimedText
@@ -159,7 +160,8 @@ class Service:
             await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
         self._threads.close()
         if self._kept is not None:
-            await asyncio.to_thread(self._kept.close)
+            with contextlib.suppress(asyncio.TimeoutError):  # a disk that hangs is not waited for
+                await asyncio.wait_for(asyncio.wrap_future(_in_thread(self._kept.close)), CLOSING_SECONDS)
         await self._decoder.close()
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
@@ -220,7 +222,7 @@ class Service:
             finally:
                 pool.changed(patient)
 
-        return await asyncio.wrap_future(self._threads.read(changed))
+        return await asyncio.wrap_future(self._threads.write(changed))
 
     async def _make_ready(self) -> None:
         batcher: Batcher | None = None
