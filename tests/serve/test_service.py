@@ -214,6 +214,7 @@ def test_an_upload_is_decoded_and_what_is_damaged_at_its_end_is_said(scripted: S
     [
         (np.zeros(11 * SAMPLE_RATE, np.float32), 413, "audio_too_long"),
         (np.array([0.0, np.nan], np.float32), 400, "audio_unreadable"),
+        (np.array([0.0, -1e30], np.float32), 400, "audio_unreadable"),
     ],
 )
 def test_samples_that_cannot_be_heard_are_refused(

@@ -18,6 +18,7 @@ from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Place
 from resonance.serve.batcher import Batcher, Engine
 from resonance.serve.decode_pool import AudioDecoder
+from resonance.serve.decoder_child import LOUDEST
 from resonance.serve.faults import ServiceError
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool
@@ -97,9 +98,12 @@ class Hearing:
             decoded = await until.get(self.decoder.decode(request.audio, request.deadline))
             place.resize(len(decoded.samples) / SAMPLE_RATE)
             return decoded
-        if not np.isfinite(request.audio).all():
+        if not (np.abs(request.audio) <= LOUDEST).all():
             raise ServiceError(
-                400, "audio_unreadable", _("There are samples that are not numbers."), _("Send samples from -1 to 1.")
+                400,
+                "audio_unreadable",
+                _("There are samples that are not numbers, or far too large."),
+                _("Send samples from -1 to 1."),
             )
         return Decoded(request.audio, None)
 
