@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resonance.errors import DataError
 from resonance.serve.batcher import Batcher
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
 from resonance.serve.faults import ServiceError
@@ -287,6 +288,26 @@ def test_one_bad_window_fails_alone(place: int, make: Make) -> None:
     assert {i: int(text_of(future).split()[1]) for i, future in futures.items()} == {i: i for i in futures}
     assert batcher.fault is None
     assert len(engine.batches) <= 10  # the whole, halves, the culprit, and whether the model still answers
+
+
+def test_settings_that_only_the_decoder_finds_wrong_are_refused_alone(make: Make) -> None:
+    """A phrase may be too long in the language that is detected only then."""
+    batcher, engine = make(on(2, lambda: DataError("the phrase “hold my hand” is too long")))
+    while_busy(batcher, engine)
+    futures = [batcher.submit(row(i), ANN, LATER) for i in (1, 2, 3)]
+    engine.go.set()
+    assert code_of(futures[1]) == (400, "invalid_settings")
+    assert [text_of(futures[i]).split()[1] for i in (0, 2)] == ["1", "3"]
+
+
+@pytest.mark.parametrize("error", [ValueError, DataError, SystemExit])
+def test_what_somebody_wants_to_say_is_not_logged(
+    error: type[BaseException], make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    batcher, _engine = make(on(1, lambda: error("hold my hand")))
+    assert batcher.submit(row(1), ANN, LATER).exception(WAIT)
+    assert error.__name__ in caplog.text and "scripted.py:" in caplog.text
+    assert "hold my hand" not in caplog.text
 
 
 def test_a_transcript_too_few_is_an_error_and_not_somebody_else_s_text(make: Make) -> None:

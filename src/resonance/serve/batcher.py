@@ -7,7 +7,6 @@ import functools
 import logging
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.model.memory_full import is_memory_full
 from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
 from resonance.serve.faults import ServiceError
+from resonance.serve.outer import where
 from resonance.serve.pace import Pace
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 
@@ -175,8 +176,8 @@ class Batcher:
                     self._examine()
                 self._running = []
         except BaseException as error:  # whatever it is: nobody would ever be answered
-            log.exception("the inference thread has ended")
-            what = _what(error)
+            log.error("the inference thread has ended: %s at %s", type(error).__name__, where(error))
+            what = type(error).__name__
 
             def dead() -> ServiceError:
                 return broken(what)
@@ -265,6 +266,8 @@ class Batcher:
                 parts += [part[half:], part[:half]]
             elif came.memory:
                 _fail_all(part, _too_large)
+            elif came.refused is not None:
+                _fail_all(part, functools.partial(invalid_settings, came.refused))
             else:
                 self._observer.failed()
                 _fail_all(part, _inference_failed)
@@ -289,12 +292,17 @@ class Batcher:
                 raise RuntimeError(f"{len(transcripts)} transcripts of {len(rows)} windows")
         except Exception as error:
             # Only words of it are kept: with its traceback it would hold all that was computed in memory.
-            came = Failure(is_memory_full(error) or isinstance(error, MemoryError), _what(error))
+            came = Failure(
+                is_memory_full(error) or isinstance(error, MemoryError),
+                _what(error),
+                str(error) if isinstance(error, (DataError, ModelError)) else None,
+            )
             if came.memory:
                 log.warning("memory is full with %d windows of %d positions", len(rows), positions)
             else:
-                # As text: a record that some handler keeps would keep the tensors too.
-                log.error("%d windows of %d positions:\n%s", len(rows), positions, traceback.format_exc())
+                # Never its message, which may be what somebody wants to say: a phrase that is too long.
+                what, lines = type(error).__name__, where(error)
+                log.error("%d windows of %d positions: %s at %s", len(rows), positions, what, lines)
         else:
             self._worked = time.monotonic()
             self._began = self._fault = None
@@ -318,6 +326,12 @@ class Computed(NamedTuple):
 class Failure(NamedTuple):
     memory: bool  # there is too little of it
     what: str
+    refused: str | None  # what is wrong with the settings, where they are to blame
+
+
+def invalid_settings(reason: str) -> ServiceError:
+    """Nothing can be decoded with what the request asks for."""
+    return ServiceError(400, "invalid_settings", reason, _("Change what the message names, or leave it out."))
 
 
 def not_ready(reason: str) -> ServiceError:
@@ -346,7 +360,7 @@ def _inference_failed() -> ServiceError:
     return ServiceError(
         500,
         "inference_failed",
-        _("The model failed on this recording. What it said is in the service's log."),
+        _("The model failed on this recording. The service's log says where."),
         _("Send the recording in another way, such as in shorter pieces, and tell whoever runs the service."),
     )
 

@@ -16,7 +16,7 @@ from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Place
-from resonance.serve.batcher import Batcher, Engine
+from resonance.serve.batcher import Batcher, Engine, invalid_settings
 from resonance.serve.decode_pool import AudioDecoder
 from resonance.serve.decoder_child import LOUDEST
 from resonance.serve.faults import ServiceError
@@ -153,9 +153,7 @@ class Hearing:
         try:
             await until.get(asyncio.wrap_future(checked))
         except (DataError, ModelError) as error:
-            raise ServiceError(
-                400, "invalid_settings", str(error), _("Change what the message names, or leave it out.")
-            ) from None
+            raise invalid_settings(str(error)) from None
         return settings
 
     async def _cut(
