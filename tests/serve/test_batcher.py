@@ -43,7 +43,8 @@ def make() -> Iterator[Make]:
 
     def make(script: Callable[[Sequence[Row]], object] = lambda rows: None, **settings: Any) -> Any:
         engine = ScriptedEngine(script)
-        usual: dict[str, Any] = {"batch_size": 8, "gather_seconds": 0.0, "longest_batch": 1e9, "stuck_seconds": 1e9}
+        usual: dict[str, Any] = {"batch_size": 8, "gather_seconds": 0.0, "longest_batch": 1e9}
+        usual |= {"patient_seconds": 1e9, "stuck_seconds": 1e9}
         batcher = Batcher(engine, PROBE, observer=Metrics(), **usual | settings)
         made.append((batcher, engine))
         batcher.start()
@@ -420,6 +421,18 @@ def test_a_batch_without_end_is_seen_and_so_is_its_end(make: Make) -> None:
     engine.go.set()
     assert asked.result(WAIT) is None and text_of(first)
     assert batcher.fault is None
+
+
+@pytest.mark.parametrize(("each", "patient", "stuck"), [(1e-4, 0.01, True), (1e-4, 1e9, False), (1e9, 0.01, False)])
+def test_a_batch_is_stuck_when_it_takes_far_longer_than_batches_have(
+    each: float, patient: float, stuck: bool, make: Make
+) -> None:
+    """So a large model on a slow machine is not, and one that was fast does not go unnoticed until the last deadline."""
+    batcher, engine = make(patient_seconds=patient)
+    batcher.pace.took(each, 50, 1, 1.0)
+    while_busy(batcher, engine)
+    time.sleep(0.02)
+    assert (batcher.fault is not None) == stuck
 
 
 # --- whether it answers ---

@@ -36,6 +36,8 @@ RAISED = 1.02  # how much more may be tried after a batch as large as what fitte
 # Of the time that a batch took, so much the next one waits for those who have just been answered: otherwise people who ask
 # again and again fall into groups that take turns: 16 of them made batches of 6 and 10, or 14 and 2, without end.
 PAUSE = 0.1
+# So many times what it should take, a batch takes when it is decoded again and again at higher temperatures, or with beams.
+STUCK_TIMES = 10
 RETRY_SECONDS = 5
 EXAMINED_AGAIN = 10.0  # seconds after which a model that failed is asked whether it answers again
 
@@ -67,8 +69,9 @@ class Batcher:
     """Gathers windows into batches of one audio context and gives each its transcript.
 
     gather_seconds: how long a window that comes while the model is idle waits for others; longest_batch: seconds that a batch
-    should take at most, so that nobody waits longer for the next one; stuck_seconds: a batch that takes longer is taken for one
-    that will never end; probe: what is decoded to see whether the model works.
+    should take at most, so that nobody waits longer for the next one; patient_seconds: a batch that takes longer, and STUCK_TIMES what it should
+    by the measured pace, is taken for one that will never end; stuck_seconds: so is one that takes that long, whatever the
+    pace; probe: what is decoded to see whether the model works.
     """
 
     def __init__(
@@ -79,18 +82,21 @@ class Batcher:
         batch_size: int,
         gather_seconds: float,
         longest_batch: float,
+        patient_seconds: float,
         stuck_seconds: float,
         observer: Observer,
     ) -> None:
         self._engine, self._probe, self._observer = engine, probe, observer
         self._batch_size, self._gather_seconds = batch_size, gather_seconds
         self._longest_batch, self._stuck_seconds = longest_batch, stuck_seconds
+        self._patient_seconds = patient_seconds
         self.pace = Pace()
         self._queue = FairQueue()
         self._fitting: dict[int, float] = {}  # windows that fit into memory, by positions, where not all of a batch did
         self._checks: list[Future[None]] = []
         self._running: list[Work] = []
         self._began: float | None = None  # when the model was given what it computes now
+        self._patience = stuck_seconds  # how long that may take
         self._worked: float | None = None  # when it last answered
         self._ended = self._took = 0.0  # when the last batch ended, and how long it took
         self._fault: str | None = None  # why it does not answer, where that may pass
@@ -135,7 +141,7 @@ class Batcher:
     def fault(self) -> str | None:
         """Why nothing can be decoded now; None: it can."""
         began = self._began
-        if began is not None and time.monotonic() - began > self._stuck_seconds:
+        if began is not None and time.monotonic() - began > self._patience:
             return _("A batch has been computing for {seconds:.0f} s: the model is stuck.").format(
                 seconds=time.monotonic() - began
             )
@@ -285,6 +291,11 @@ class Batcher:
             _fail(check, not_ready(came.what))
 
     def _compute(self, rows: list[Row], positions: int) -> Computed | Failure:
+        each = self.pace.window_seconds(positions)
+        self._patience = self._stuck_seconds
+        if each is not None:
+            expected = max(self._patient_seconds, STUCK_TIMES * each * len(rows))
+            self._patience = min(self._stuck_seconds, expected)
         began = self._began = time.monotonic()
         try:
             transcripts = self._engine.transcribe(rows)

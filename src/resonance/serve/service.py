@@ -42,7 +42,8 @@ Made = TypeVar("Made")
 # be room for what it turns out to be.
 UPLOAD_BYTES_PER_SECOND = 2 * SAMPLE_RATE
 BATCH_SHARE = 0.6  # of the time in which the model has to say that it is there, for a batch before that
-STUCK_DEADLINES = 2  # a batch that takes so many times the deadline of a request never ends
+STUCK_READY = 3  # a batch that takes so many times that, and far more than batches have taken so far, never ends
+STUCK_DEADLINES = 2  # nor does one that takes so many times the deadline of a request
 LOADING_SECONDS = 5  # after which to ask again
 CLOSING_SECONDS = 5.0  # for the end of the batch under way when nobody waits for it any more
 
@@ -258,6 +259,7 @@ class Service:
             batch_size=config.batch_size,
             gather_seconds=config.gather_ms / 1000,
             longest_batch=BATCH_SHARE * config.ready_seconds,
+            patient_seconds=STUCK_READY * config.ready_seconds,
             stuck_seconds=STUCK_DEADLINES * config.deadline_seconds,
             observer=self.metrics,
         )
