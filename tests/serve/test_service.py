@@ -197,7 +197,9 @@ def test_an_upload_is_decoded_and_what_is_damaged_at_its_end_is_said(scripted: S
         file = io.BytesIO()
         soundfile.write(file, clip(3, 4.0), SAMPLE_RATE, format="FLAC", subtype="PCM_24")
         async with running(service_of(scripted(), uploads=True, decode_workers=1)) as service:
-            whole = await service.transcribe(request(Upload(file.getvalue(), "whole.flac")))
+            upload = Upload(file.getvalue(), "whole.flac")
+            whole = await service.transcribe(request(upload))
+            assert not upload.data  # not in memory until it is answered
             assert whole.result.audio_path == "whole.flac"
             assert (whole.result.text, whole.result.error) == ("base 3 of 64000 None", None)
             cut = await service.transcribe(request(Upload(file.getvalue()[:-20_000], "cut.flac")))

@@ -96,6 +96,7 @@ class Hearing:
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
         if isinstance(request.audio, Upload):
             decoded = await until.get(self.decoder.decode(request.audio, request.deadline))
+            request.audio.data = b""
             place.resize(len(decoded.samples) / SAMPLE_RATE)
             return decoded
         if not (np.abs(request.audio) <= LOUDEST).all():
