@@ -20,6 +20,7 @@ import pytest
 import soundfile
 
 from resonance.errors import ModelError
+from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.metrics import Metrics
 from resonance.serve.service import Service, create_service
@@ -424,6 +425,27 @@ def test_a_stream_that_is_left_leaves_the_queue(scripted: Scripted, adapters: Pa
                     break
             assert metric(service, "resonance_queued_audio_seconds") == 0.0
             await until(lambda: held(service) == 0)
+
+    asyncio.run(main())
+
+
+def test_who_reads_a_stream_slowly_holds_neither_adapter_nor_queue(scripted: Scripted, adapters: Path) -> None:
+    async def main() -> None:
+        engine = scripted()
+        async with running(service_of(engine, adapters)) as service:
+            long = np.concatenate([clip(i, 5.0) for i in range(1, 7)])
+            first, rest = await first_of(service.stream(request(long, "ann")))
+            sent = events(first, rest, None, logprobs=False, tokens=service.tokens)
+            await anext(sent)
+            await until(lambda: held(service) == 0 and service._admission.seconds == 0)
+            read = [event async for event in sent]
+            assert len(read) > 2 and read[-1].startswith("event: transcript.text.done")
+
+            first, rest = await first_of(service.stream(request(long, "ann")))
+            sent = events(first, rest, None, logprobs=False, tokens=service.tokens)
+            await anext(sent)
+            await sent.aclose()  # type: ignore[attr-defined]
+            await until(lambda: held(service) == 0 and service._admission.seconds == 0)
 
     asyncio.run(main())
 
