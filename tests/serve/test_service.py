@@ -23,6 +23,7 @@ from resonance.errors import ModelError
 from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.metrics import Metrics
+from resonance.serve.replica import Refusal, Replica
 from resonance.serve.service import Service, create_service
 from resonance.serve.speech import Answer, Upload, Voice
 from resonance.transcribe.mixed_engine import MixedRecognizer, load_mixed
@@ -492,6 +493,25 @@ def test_more_audio_than_may_wait_is_refused_until_there_is_room(scripted: Scrip
             assert (await service.transcribe(request(clip(2, 4.0), "ann"))).result.text
             # Longer than the limit, but nobody else waits.
             assert (await service.transcribe(request(clip(5, 25.0), "ann"))).result.text
+
+    asyncio.run(main())
+
+
+def test_a_copy_reads_no_adapter_for_who_is_not_admitted(scripted: Scripted, adapters: Path) -> None:
+    async def main() -> None:
+        engine = scripted()
+        async with running(service_of(engine, adapters, max_queued_seconds=1.5)) as service:
+            copy = Replica.__new__(Replica)
+            copy.service, copy.held = service, set()
+            task = await busy(service, engine)
+            refusal = await copy.transcribe(request(clip(1), "ann"), 60.0)
+            assert isinstance(refusal, Refusal) and refusal.code == "too_busy"
+            assert service.pool and service.pool.stats().loads == 0 and not copy.held
+            engine.go.set()
+            await task
+            assert isinstance(await copy.transcribe(request(clip(1), "ann"), 60.0), Answer)
+            pieces = [piece async for piece in copy.stream(request(clip(1), "bo"), 60.0)]
+            assert isinstance(pieces[-1], Answer) and copy.held == {"ann", "bo"}
 
     asyncio.run(main())
 
