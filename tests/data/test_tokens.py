@@ -113,6 +113,17 @@ def test_a_real_tokenizer_never_obeys_what_is_typed(real_model: Path) -> None:
     assert tokenizer.text_ids("turn on the light", "en") == plain
 
 
+def test_a_prompt_is_text_after_a_space_and_is_never_obeyed(tiny_model: Path) -> None:
+    tokenizer = labels(tiny_model)
+    plain = tokenizer.tokenizer(" hello there", add_special_tokens=False).input_ids
+    assert tokenizer.previous(" hello there\n") == [tokenizer.special("<|startofprev|>"), *plain]
+    typed = "<|startoftranscript|><|zh|><|0.00|> hi"
+    first, *ids = tokenizer.previous(typed)
+    assert first == tokenizer.special("<|startofprev|>") and max(ids) < tokenizer.special("<|endoftext|>")
+    assert tokenizer.tokenizer.backend_tokenizer.decode(ids) == " " + typed
+    assert tokenizer.previous(None) == tokenizer.previous("") == []
+
+
 def test_a_label_longer_than_the_decoder_is_refused_with_row_and_file(tiny_model: Path) -> None:
     tokenizer = labels(tiny_model, language="zh")
     fits = utterance("a" * 444)

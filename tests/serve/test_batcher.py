@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resonance.errors import DataError
 from resonance.serve.batcher import Batcher
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
 from resonance.serve.faults import ServiceError
@@ -42,7 +43,8 @@ def make() -> Iterator[Make]:
 
     def make(script: Callable[[Sequence[Row]], object] = lambda rows: None, **settings: Any) -> Any:
         engine = ScriptedEngine(script)
-        usual: dict[str, Any] = {"batch_size": 8, "gather_seconds": 0.0, "longest_batch": 1e9, "stuck_seconds": 1e9}
+        usual: dict[str, Any] = {"batch_size": 8, "gather_seconds": 0.0, "longest_batch": 1e9}
+        usual |= {"patient_seconds": 1e9, "stuck_seconds": 1e9}
         batcher = Batcher(engine, PROBE, observer=Metrics(), **usual | settings)
         made.append((batcher, engine))
         batcher.start()
@@ -289,6 +291,26 @@ def test_one_bad_window_fails_alone(place: int, make: Make) -> None:
     assert len(engine.batches) <= 10  # the whole, halves, the culprit, and whether the model still answers
 
 
+def test_settings_that_only_the_decoder_finds_wrong_are_refused_alone(make: Make) -> None:
+    """A phrase may be too long in the language that is detected only then."""
+    batcher, engine = make(on(2, lambda: DataError("the phrase “hold my hand” is too long")))
+    while_busy(batcher, engine)
+    futures = [batcher.submit(row(i), ANN, LATER) for i in (1, 2, 3)]
+    engine.go.set()
+    assert code_of(futures[1]) == (400, "invalid_settings")
+    assert [text_of(futures[i]).split()[1] for i in (0, 2)] == ["1", "3"]
+
+
+@pytest.mark.parametrize("error", [ValueError, DataError, SystemExit])
+def test_what_somebody_wants_to_say_is_not_logged(
+    error: type[BaseException], make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    batcher, _engine = make(on(1, lambda: error("hold my hand")))
+    assert batcher.submit(row(1), ANN, LATER).exception(WAIT)
+    assert error.__name__ in caplog.text and "scripted.py:" in caplog.text
+    assert "hold my hand" not in caplog.text
+
+
 def test_a_transcript_too_few_is_an_error_and_not_somebody_else_s_text(make: Make) -> None:
     batcher, engine = make()
     usual = engine.transcribe
@@ -399,6 +421,18 @@ def test_a_batch_without_end_is_seen_and_so_is_its_end(make: Make) -> None:
     engine.go.set()
     assert asked.result(WAIT) is None and text_of(first)
     assert batcher.fault is None
+
+
+@pytest.mark.parametrize(("each", "patient", "stuck"), [(1e-4, 0.01, True), (1e-4, 1e9, False), (1e9, 0.01, False)])
+def test_a_batch_is_stuck_when_it_takes_far_longer_than_batches_have(
+    each: float, patient: float, stuck: bool, make: Make
+) -> None:
+    """So a large model on a slow machine is not, and one that was fast does not go unnoticed until the last deadline."""
+    batcher, engine = make(patient_seconds=patient)
+    batcher.pace.took(each, 50, 1, 1.0)
+    while_busy(batcher, engine)
+    time.sleep(0.02)
+    assert (batcher.fault is not None) == stuck
 
 
 # --- whether it answers ---

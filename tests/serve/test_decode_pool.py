@@ -190,6 +190,15 @@ def test_what_cannot_be_used_is_refused_with_its_reason(
 
 
 @linux
+def test_samples_beyond_any_sound_are_refused_and_those_of_a_loud_recording_are_not(pool: Pool) -> None:
+    audio = tone(1.0)
+    audio[8000] = 3.0
+    assert pool.decode(written(audio, subtype="FLOAT")).samples.max() == 3.0
+    audio[8000] = -1e30
+    refused = pool.refusal(written(audio, subtype="FLOAT"))
+    assert (refused.status, refused.code) == (400, "audio_unreadable") and "1.0e+30" in refused.message
+
+
 def test_a_wav_that_claims_1_hz_costs_nothing(pool: Pool) -> None:
     data = bytearray(written(tone(0.625)))  # 20 kB, which at 1 Hz would be 10,000 s or 640 MB
     data[24:28] = struct.pack("<I", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import shutil
 import sys
 import threading
@@ -19,8 +20,10 @@ import pytest
 import soundfile
 
 from resonance.errors import ModelError
+from resonance.serve.events import events, first_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.metrics import Metrics
+from resonance.serve.replica import Refusal, Replica
 from resonance.serve.service import Service, create_service
 from resonance.serve.speech import Answer, Upload, Voice
 from resonance.transcribe.mixed_engine import MixedRecognizer, load_mixed
@@ -196,7 +199,9 @@ def test_an_upload_is_decoded_and_what_is_damaged_at_its_end_is_said(scripted: S
         file = io.BytesIO()
         soundfile.write(file, clip(3, 4.0), SAMPLE_RATE, format="FLAC", subtype="PCM_24")
         async with running(service_of(scripted(), uploads=True, decode_workers=1)) as service:
-            whole = await service.transcribe(request(Upload(file.getvalue(), "whole.flac")))
+            upload = Upload(file.getvalue(), "whole.flac")
+            whole = await service.transcribe(request(upload))
+            assert not upload.data  # not in memory until it is answered
             assert whole.result.audio_path == "whole.flac"
             assert (whole.result.text, whole.result.error) == ("base 3 of 64000 None", None)
             cut = await service.transcribe(request(Upload(file.getvalue()[:-20_000], "cut.flac")))
@@ -213,6 +218,7 @@ def test_an_upload_is_decoded_and_what_is_damaged_at_its_end_is_said(scripted: S
     [
         (np.zeros(11 * SAMPLE_RATE, np.float32), 413, "audio_too_long"),
         (np.array([0.0, np.nan], np.float32), 400, "audio_unreadable"),
+        (np.array([0.0, -1e30], np.float32), 400, "audio_unreadable"),
     ],
 )
 def test_samples_that_cannot_be_heard_are_refused(
@@ -328,6 +334,50 @@ def test_an_adapter_that_comes_when_nobody_waits_any_more_is_given_back(
     asyncio.run(main())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_storage_that_hangs_stops_neither_others_nor_the_end(
+    scripted: Scripted, adapters: Path, tmp_path: Path, make_adapter: Callable[..., Path]
+) -> None:
+    """Reading the version of these people waits for a writer who never comes."""
+    root = tmp_path / "adapters"
+    shutil.copytree(adapters, root)
+    pipes = []
+    for number in range(12):
+        (root / f"hung{number}").mkdir()
+        pipes.append(root / f"hung{number}" / "current")
+        os.mkfifo(pipes[-1])
+
+    async def main() -> None:
+        service = service_of(scripted(), root)
+        async with running(service):
+            assert service.pool
+            waiting = [
+                asyncio.create_task(service.transcribe(request(clip(1), f"hung{number}", account=str(number))))
+                for number in range(12)
+            ]
+            await until(lambda: sum(name.startswith("resonance-read") for name in threads()) >= 12)
+            soon = time.monotonic() + WAIT
+            assert (await service.transcribe(request(clip(2), deadline=soon))).voice is None
+            assert (await service.transcribe(request(clip(3), "ann", deadline=soon))).voice
+            put = service.put_adapter("new", make_adapter(tmp_path / "new", seed=3))
+            assert await asyncio.wait_for(put, WAIT)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        hung = [thread for thread in threading.enumerate() if thread.name.startswith("resonance-read")]
+        assert hung and all(thread.daemon for thread in hung)  # the process can end
+
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate()]
+
+    try:
+        asyncio.run(main())
+    finally:
+        for pipe in pipes:
+            with contextlib.suppress(OSError):  # nobody reads
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+
 # --- going away, being late ---
 
 
@@ -380,6 +430,27 @@ def test_a_stream_that_is_left_leaves_the_queue(scripted: Scripted, adapters: Pa
     asyncio.run(main())
 
 
+def test_who_reads_a_stream_slowly_holds_neither_adapter_nor_queue(scripted: Scripted, adapters: Path) -> None:
+    async def main() -> None:
+        engine = scripted()
+        async with running(service_of(engine, adapters)) as service:
+            long = np.concatenate([clip(i, 5.0) for i in range(1, 7)])
+            first, rest = await first_of(service.stream(request(long, "ann")))
+            sent = events(first, rest, None, logprobs=False, tokens=service.tokens)
+            await anext(sent)
+            await until(lambda: held(service) == 0 and service._admission.seconds == 0)
+            read = [event async for event in sent]
+            assert len(read) > 2 and read[-1].startswith("event: transcript.text.done")
+
+            first, rest = await first_of(service.stream(request(long, "ann")))
+            sent = events(first, rest, None, logprobs=False, tokens=service.tokens)
+            await anext(sent)
+            await sent.aclose()  # type: ignore[attr-defined]
+            await until(lambda: held(service) == 0 and service._admission.seconds == 0)
+
+    asyncio.run(main())
+
+
 def test_a_request_past_its_deadline_is_given_up(scripted: Scripted, adapters: Path) -> None:
     async def main() -> None:
         engine = scripted()
@@ -422,6 +493,25 @@ def test_more_audio_than_may_wait_is_refused_until_there_is_room(scripted: Scrip
             assert (await service.transcribe(request(clip(2, 4.0), "ann"))).result.text
             # Longer than the limit, but nobody else waits.
             assert (await service.transcribe(request(clip(5, 25.0), "ann"))).result.text
+
+    asyncio.run(main())
+
+
+def test_a_copy_reads_no_adapter_for_who_is_not_admitted(scripted: Scripted, adapters: Path) -> None:
+    async def main() -> None:
+        engine = scripted()
+        async with running(service_of(engine, adapters, max_queued_seconds=1.5)) as service:
+            copy = Replica.__new__(Replica)
+            copy.service, copy.held = service, set()
+            task = await busy(service, engine)
+            refusal = await copy.transcribe(request(clip(1), "ann"), 60.0)
+            assert isinstance(refusal, Refusal) and refusal.code == "too_busy"
+            assert service.pool and service.pool.stats().loads == 0 and not copy.held
+            engine.go.set()
+            await task
+            assert isinstance(await copy.transcribe(request(clip(1), "ann"), 60.0), Answer)
+            pieces = [piece async for piece in copy.stream(request(clip(1), "bo"), 60.0)]
+            assert isinstance(pieces[-1], Answer) and copy.held == {"ann", "bo"}
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterable
@@ -235,6 +236,23 @@ def test_all_requests_together_hold_no_more_than_the_budget() -> None:
     assert isinstance(taken, Form)
     assert (refused.status, refused.code, refused.retry_after) == (503, "too_many_uploads", 5)
     assert budget.held == 0
+
+
+def test_several_uploads_of_one_account_leave_half_of_the_budget_to_others() -> None:
+    budget = ReadingBudget(max_bytes=100)
+    with contextlib.ExitStack() as held:
+        alone = held.enter_context(budget.reading("ann"))
+        alone(30)
+        more = held.enter_context(budget.reading("ann"))
+        more(20)
+        with pytest.raises(ServiceError) as caught:
+            more(1)
+        assert caught.value.code == "too_many_uploads"
+        held.enter_context(budget.reading("bo"))(50)
+    assert budget.held == 0
+    with budget.reading("ann") as alone:
+        alone(60)
+        alone(40)
 
 
 def test_a_body_is_read_as_it_is_within_its_limit() -> None:

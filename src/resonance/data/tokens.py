@@ -82,10 +82,13 @@ class LabelTokenizer:
         return ids
 
     def previous(self, text: str | None) -> list[int]:
-        """What was said before, as a prefix of a prompt: at most half of what the decoder holds, as in openai/whisper."""
+        """What was said before, as a prefix of a prompt: at most half of what the decoder holds, as in openai/whisper.
+
+        What looks like a special token in it is spelled out, never obeyed.
+        """
         if not text:
             return []
-        ids: list[int] = self.tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
+        ids = self._spelled(" " + text.strip())
         return [self.special("<|startofprev|>"), *ids[-(self.max_label_tokens // 2 - 1) :]]
 
     def text_ids(self, text: str, language: str | None) -> list[int]:
@@ -95,6 +98,9 @@ class LabelTokenizer:
             return []
         if (language or self.language) not in UNSPACED_LANGUAGES:
             text = " " + text
+        return self._spelled(text)
+
+    def _spelled(self, text: str) -> list[int]:
         # `split_special_tokens` does not reach timestamps, which are not special in OpenAI's tokenizers; a cut does.
         parts = re.split(r"(?<=<)(?=\|)", text)
         return [i for part in parts for i in self.tokenizer(part, add_special_tokens=False).input_ids]

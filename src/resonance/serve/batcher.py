@@ -7,7 +7,6 @@ import functools
 import logging
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.model.memory_full import is_memory_full
 from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
 from resonance.serve.faults import ServiceError
+from resonance.serve.outer import where
 from resonance.serve.pace import Pace
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 
@@ -35,6 +36,8 @@ RAISED = 1.02  # how much more may be tried after a batch as large as what fitte
 # Of the time that a batch took, so much the next one waits for those who have just been answered: otherwise people who ask
 # again and again fall into groups that take turns: 16 of them made batches of 6 and 10, or 14 and 2, without end.
 PAUSE = 0.1
+# So many times what it should take, a batch takes when it is decoded again and again at higher temperatures, or with beams.
+STUCK_TIMES = 10
 RETRY_SECONDS = 5
 EXAMINED_AGAIN = 10.0  # seconds after which a model that failed is asked whether it answers again
 
@@ -66,8 +69,9 @@ class Batcher:
     """Gathers windows into batches of one audio context and gives each its transcript.
 
     gather_seconds: how long a window that comes while the model is idle waits for others; longest_batch: seconds that a batch
-    should take at most, so that nobody waits longer for the next one; stuck_seconds: a batch that takes longer is taken for one
-    that will never end; probe: what is decoded to see whether the model works.
+    should take at most, so that nobody waits longer for the next one; patient_seconds: a batch that takes longer, and STUCK_TIMES what it should
+    by the measured pace, is taken for one that will never end; stuck_seconds: so is one that takes that long, whatever the
+    pace; probe: what is decoded to see whether the model works.
     """
 
     def __init__(
@@ -78,18 +82,21 @@ class Batcher:
         batch_size: int,
         gather_seconds: float,
         longest_batch: float,
+        patient_seconds: float,
         stuck_seconds: float,
         observer: Observer,
     ) -> None:
         self._engine, self._probe, self._observer = engine, probe, observer
         self._batch_size, self._gather_seconds = batch_size, gather_seconds
         self._longest_batch, self._stuck_seconds = longest_batch, stuck_seconds
+        self._patient_seconds = patient_seconds
         self.pace = Pace()
         self._queue = FairQueue()
         self._fitting: dict[int, float] = {}  # windows that fit into memory, by positions, where not all of a batch did
         self._checks: list[Future[None]] = []
         self._running: list[Work] = []
         self._began: float | None = None  # when the model was given what it computes now
+        self._patience = stuck_seconds  # how long that may take
         self._worked: float | None = None  # when it last answered
         self._ended = self._took = 0.0  # when the last batch ended, and how long it took
         self._fault: str | None = None  # why it does not answer, where that may pass
@@ -134,7 +141,7 @@ class Batcher:
     def fault(self) -> str | None:
         """Why nothing can be decoded now; None: it can."""
         began = self._began
-        if began is not None and time.monotonic() - began > self._stuck_seconds:
+        if began is not None and time.monotonic() - began > self._patience:
             return _("A batch has been computing for {seconds:.0f} s: the model is stuck.").format(
                 seconds=time.monotonic() - began
             )
@@ -175,8 +182,8 @@ class Batcher:
                     self._examine()
                 self._running = []
         except BaseException as error:  # whatever it is: nobody would ever be answered
-            log.exception("the inference thread has ended")
-            what = _what(error)
+            log.error("the inference thread has ended: %s at %s", type(error).__name__, where(error))
+            what = type(error).__name__
 
             def dead() -> ServiceError:
                 return broken(what)
@@ -265,6 +272,8 @@ class Batcher:
                 parts += [part[half:], part[:half]]
             elif came.memory:
                 _fail_all(part, _too_large)
+            elif came.refused is not None:
+                _fail_all(part, functools.partial(invalid_settings, came.refused))
             else:
                 self._observer.failed()
                 _fail_all(part, _inference_failed)
@@ -282,6 +291,11 @@ class Batcher:
             _fail(check, not_ready(came.what))
 
     def _compute(self, rows: list[Row], positions: int) -> Computed | Failure:
+        each = self.pace.window_seconds(positions)
+        self._patience = self._stuck_seconds
+        if each is not None:
+            expected = max(self._patient_seconds, STUCK_TIMES * each * len(rows))
+            self._patience = min(self._stuck_seconds, expected)
         began = self._began = time.monotonic()
         try:
             transcripts = self._engine.transcribe(rows)
@@ -289,12 +303,17 @@ class Batcher:
                 raise RuntimeError(f"{len(transcripts)} transcripts of {len(rows)} windows")
         except Exception as error:
             # Only words of it are kept: with its traceback it would hold all that was computed in memory.
-            came = Failure(is_memory_full(error) or isinstance(error, MemoryError), _what(error))
+            came = Failure(
+                is_memory_full(error) or isinstance(error, MemoryError),
+                _what(error),
+                str(error) if isinstance(error, (DataError, ModelError)) else None,
+            )
             if came.memory:
                 log.warning("memory is full with %d windows of %d positions", len(rows), positions)
             else:
-                # As text: a record that some handler keeps would keep the tensors too.
-                log.error("%d windows of %d positions:\n%s", len(rows), positions, traceback.format_exc())
+                # Never its message, which may be what somebody wants to say: a phrase that is too long.
+                what, lines = type(error).__name__, where(error)
+                log.error("%d windows of %d positions: %s at %s", len(rows), positions, what, lines)
         else:
             self._worked = time.monotonic()
             self._began = self._fault = None
@@ -318,6 +337,12 @@ class Computed(NamedTuple):
 class Failure(NamedTuple):
     memory: bool  # there is too little of it
     what: str
+    refused: str | None  # what is wrong with the settings, where they are to blame
+
+
+def invalid_settings(reason: str) -> ServiceError:
+    """Nothing can be decoded with what the request asks for."""
+    return ServiceError(400, "invalid_settings", reason, _("Change what the message names, or leave it out."))
 
 
 def not_ready(reason: str) -> ServiceError:
@@ -346,7 +371,7 @@ def _inference_failed() -> ServiceError:
     return ServiceError(
         500,
         "inference_failed",
-        _("The model failed on this recording. What it said is in the service's log."),
+        _("The model failed on this recording. The service's log says where."),
         _("Send the recording in another way, such as in shorter pieces, and tell whoever runs the service."),
     )
 

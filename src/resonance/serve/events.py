@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator
@@ -28,9 +29,12 @@ async def events(
 ) -> AsyncIterator[str]:
     """`transcript.text.delta` for each piece, then `transcript.text.done` with all of the text: the deltas together.
 
-    What fails on the way is an event `error` of the one shape, and the last.
+    What fails on the way is an event `error` of the one shape, and the last. However slowly they are read, the recording is
+    heard at the model's pace: who does not read holds neither the adapter nor room in the queue.
     """
     said = ""
+    line: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    hearing = asyncio.create_task(_hear(rest, line))
     try:
         piece: Piece | None = first
         while piece is not None:
@@ -46,16 +50,36 @@ async def events(
                 if logprobs:
                     delta["logprobs"] = answers.word_logprobs([piece])
                 yield _event(delta)
-            piece = await anext(rest, None)
+            coming = await line.get()
+            if isinstance(coming, Exception):
+                raise coming
+            piece = coming
     except ServiceError as error:
         yield _event({"type": "error", **error.body})
     except Exception as error:
         log.error("stream: %s at %s", type(error).__name__, where(error))
         yield _event({"type": "error", **internal_error().body})
     finally:
-        close = getattr(rest, "aclose", None)
-        if close:
-            await close()
+        hearing.cancel()
+        await asyncio.wait([hearing])
+        await _close(rest)  # a task that is cancelled before it has begun closes nothing
+
+
+async def _hear(pieces: AsyncIterator[Piece], line: asyncio.Queue[Piece | Exception | None]) -> None:
+    try:
+        async for piece in pieces:
+            line.put_nowait(piece)
+        line.put_nowait(None)
+    except Exception as error:
+        line.put_nowait(error)
+    finally:
+        await _close(pieces)
+
+
+async def _close(pieces: AsyncIterator[Piece]) -> None:
+    close = getattr(pieces, "aclose", None)
+    if close:
+        await close()
 
 
 def _done(answer: Answer, prompt: str | None, logprobs: bool, tokens: answers.Tokens) -> dict[str, Any]:

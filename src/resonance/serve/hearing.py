@@ -7,9 +7,8 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -17,12 +16,14 @@ from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Place
-from resonance.serve.batcher import Batcher, Engine
+from resonance.serve.batcher import Batcher, Engine, invalid_settings
 from resonance.serve.decode_pool import AudioDecoder
+from resonance.serve.decoder_child import LOUDEST
 from resonance.serve.faults import ServiceError
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
+from resonance.serve.threads import Threads
 from resonance.serve.until import Until
 from resonance.transcribe.assemble import UNHEARD, is_silent, put_together
 from resonance.transcribe.longform import Samples, Window, windows
@@ -30,32 +31,11 @@ from resonance.transcribe.mixed_engine import Row
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
 from resonance.units import SAMPLE_RATE
 
-Made = TypeVar("Made")
 Rows = list[Future[Transcript]]
 Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
-READERS = 8  # threads that wait for the storage of adapters
-CUTTERS = 2  # threads that cut recordings into windows
 NO_AUDIO = np.zeros(0, np.float32)
-
-
-class Threads:
-    """Those that wait for something or compute a little, beside the one that owns the model."""
-
-    def __init__(self) -> None:
-        self._readers = ThreadPoolExecutor(READERS, "resonance-read")
-        self._cutters = ThreadPoolExecutor(CUTTERS, "resonance-cut")
-
-    def read(self, function: Callable[[], Made]) -> Future[Made]:
-        return self._readers.submit(function)
-
-    def cut(self, function: Callable[[], Made]) -> Future[Made]:
-        return self._cutters.submit(function)
-
-    def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._cutters.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +90,21 @@ class Hearing:
                 keep = functools.partial(
                     self.kept.keep, to_keep, answer, account=request.account, patient=request.patient
                 )
-                await asyncio.wrap_future(self.threads.read(keep))
+                await asyncio.wrap_future(self.threads.write(keep))
             yield answer
 
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:
         if isinstance(request.audio, Upload):
             decoded = await until.get(self.decoder.decode(request.audio, request.deadline))
+            request.audio.data = b""
             place.resize(len(decoded.samples) / SAMPLE_RATE)
             return decoded
-        if not np.isfinite(request.audio).all():
+        if not (np.abs(request.audio) <= LOUDEST).all():
             raise ServiceError(
-                400, "audio_unreadable", _("There are samples that are not numbers."), _("Send samples from -1 to 1.")
+                400,
+                "audio_unreadable",
+                _("There are samples that are not numbers, or far too large."),
+                _("Send samples from -1 to 1."),
             )
         return Decoded(request.audio, None)
 
@@ -166,13 +150,11 @@ class Hearing:
             settings = replace(settings, language=self.language)
         # How sure the model is says whether it made its text up.
         settings = replace(settings, scores=settings.scores or request.skip_nonspeech)
-        checked = self.threads.read(functools.partial(self.engine.check, settings, adapter))
+        checked = self.threads.cut(functools.partial(self.engine.check, settings, adapter))
         try:
             await until.get(asyncio.wrap_future(checked))
         except (DataError, ModelError) as error:
-            raise ServiceError(
-                400, "invalid_settings", str(error), _("Change what the message names, or leave it out.")
-            ) from None
+            raise invalid_settings(str(error)) from None
         return settings
 
     async def _cut(

@@ -77,7 +77,7 @@ class Replica:
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         self.config = config
-        self.held: set[str] = set()  # whose adapters have been asked for here
+        self.held: set[str] = set()  # whose adapters have answered here
         self.name = uuid.uuid4().hex[:8]
         self.service: Service = create_service(config)
         await self.service.start()
@@ -97,23 +97,28 @@ class Replica:
     async def changed(self, patient: str) -> None:
         """The person's adapter is another now. Read before this returns, it answers whoever asks afterwards."""
         if self.service.pool is not None:
-            self.service.pool.changed(patient)
+            pool = self.service.pool
+            pool.changed(patient)
             if patient in self.held:
-                await self.announce(patient)
+                with contextlib.suppress(ServiceError):  # where there is none any more, the next request says so
+                    pool.release(await asyncio.to_thread(pool.acquire, patient))
 
     async def transcribe(self, request: SpeechRequest, seconds: float) -> Answer | Refusal | Mistake:
         """`seconds`: left until the deadline, whatever clock that was on."""
-        await self.announce(request.patient)
-        return await _said(self.service.transcribe(replace(request, deadline=time.monotonic() + seconds)))
+        answer = await _said(self.service.transcribe(replace(request, deadline=time.monotonic() + seconds)))
+        if isinstance(answer, Answer):
+            await self._announce(answer)
+        return answer
 
     async def stream(
         self, request: SpeechRequest, seconds: float
     ) -> AsyncIterator[TimedText | Answer | Refusal | Mistake]:
-        await self.announce(request.patient)
         asked = replace(request, deadline=time.monotonic() + seconds)
         try:
             async with contextlib.aclosing(self.service.stream(asked)) as pieces:
                 async for piece in pieces:
+                    if isinstance(piece, Answer):
+                        await self._announce(piece)
                     yield piece
         except ServiceError as error:
             yield Refusal.of(error)
@@ -138,15 +143,11 @@ class Replica:
     async def delete_adapter(self, patient: str) -> Refusal | Mistake | None:
         return await _said(self.service.delete_adapter(patient))
 
-    async def announce(self, patient: str | None) -> None:
-        """Read the person's adapter, and let the front know that it is here. Where there is none, the request says so."""
-        if patient is None or self.service.pool is None:
-            return
-        with contextlib.suppress(ServiceError):
-            pool = self.service.pool
-            pool.release(await asyncio.to_thread(pool.acquire, patient))
-            self.held.add(patient)
-            await self.hold(patient)
+    async def _announce(self, answer: Answer) -> None:
+        """Let the front know whose adapter is here. Only now: before, nobody was admitted, and no deadline held."""
+        if answer.voice is not None:
+            self.held.add(answer.voice.patient)
+            await self.hold(answer.voice.patient)
 
     async def hold(self, patient: str) -> str:
         """Overridden with Ray's bookkeeping of who holds what."""

@@ -23,12 +23,13 @@ from resonance.serve.admission import Admission, Place
 from resonance.serve.batcher import Batcher, Engine, broken, not_ready
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
 from resonance.serve.faults import ServiceError
-from resonance.serve.hearing import Hearing, Threads, no_adapters
+from resonance.serve.hearing import Hearing, no_adapters
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, SpeechRequest, Upload
 from resonance.serve.store import AdapterStore, VersionInfo
+from resonance.serve.threads import Threads
 from resonance.serve.until import Until
 from resonance.transcribe.mixed_engine import Row, load_mixed
 from resonance.transcribe.recognizer import DecodeSettings, TimedText
@@ -41,7 +42,8 @@ Made = TypeVar("Made")
 # be room for what it turns out to be.
 UPLOAD_BYTES_PER_SECOND = 2 * SAMPLE_RATE
 BATCH_SHARE = 0.6  # of the time in which the model has to say that it is there, for a batch before that
-STUCK_DEADLINES = 2  # a batch that takes so many times the deadline of a request never ends
+STUCK_READY = 3  # a batch that takes so many times that, and far more than batches have taken so far, never ends
+STUCK_DEADLINES = 2  # nor does one that takes so many times the deadline of a request
 LOADING_SECONDS = 5  # after which to ask again
 CLOSING_SECONDS = 5.0  # for the end of the batch under way when nobody waits for it any more
 
@@ -159,7 +161,8 @@ class Service:
             await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
         self._threads.close()
         if self._kept is not None:
-            await asyncio.to_thread(self._kept.close)
+            with contextlib.suppress(asyncio.TimeoutError):  # a disk that hangs is not waited for
+                await asyncio.wait_for(asyncio.wrap_future(_in_thread(self._kept.close)), CLOSING_SECONDS)
         await self._decoder.close()
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
@@ -220,7 +223,7 @@ class Service:
             finally:
                 pool.changed(patient)
 
-        return await asyncio.wrap_future(self._threads.read(changed))
+        return await asyncio.wrap_future(self._threads.write(changed))
 
     async def _make_ready(self) -> None:
         batcher: Batcher | None = None
@@ -256,6 +259,7 @@ class Service:
             batch_size=config.batch_size,
             gather_seconds=config.gather_ms / 1000,
             longest_batch=BATCH_SHARE * config.ready_seconds,
+            patient_seconds=STUCK_READY * config.ready_seconds,
             stuck_seconds=STUCK_DEADLINES * config.deadline_seconds,
             observer=self.metrics,
         )

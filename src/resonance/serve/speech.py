@@ -10,11 +10,11 @@ from resonance.transcribe.recognizer import DecodeSettings
 from resonance.transcribe.result import FileResult
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Upload:
     """A file as it was sent. It is never written to disk."""
 
-    data: bytes
+    data: bytes  # let go of (`b""`) once it is decoded: a video may be larger than its sound by far
     name: str  # for messages only
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 import unicodedata
 import urllib.parse
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -32,19 +33,23 @@ IDLE_SECONDS = 20.0
 
 @dataclass
 class ReadingBudget:
-    """Bytes that all requests together may hold while they are being read."""
+    """Bytes that all requests together may hold while they are being read; several of one account, half of them."""
 
     max_bytes: int = 1 << 30
     held: int = field(default=0, init=False)
+    _by_account: Counter[str] = field(default_factory=Counter, init=False)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[int], None]]:
+    def reading(self, account: str) -> Iterator[Callable[[int], None]]:
         """A function that is told of each piece that arrives. Raises ServiceError 503 when memory is used up."""
         mine = 0
 
         def take(size: int) -> None:
             nonlocal mine
-            if self.held + size > self.max_bytes:
+            own = self._by_account[account]
+            # A single one may be as large as any.
+            greedy = own > mine and own + size > self.max_bytes // 2
+            if greedy or self.held + size > self.max_bytes:
                 raise ServiceError(
                     503,
                     "too_many_uploads",
@@ -54,11 +59,15 @@ class ReadingBudget:
                 )
             mine += size
             self.held += size
+            self._by_account[account] += size
 
         try:
             yield take
         finally:
             self.held -= mine
+            self._by_account[account] -= mine
+            if not self._by_account[account]:
+                del self._by_account[account]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +189,7 @@ async def _pieces(
         raise upload_too_large(_("The upload"), told)
     total = 0
     stream = request.stream()
-    with (budget or ReadingBudget()).reading() as take:
+    with (budget or ReadingBudget()).reading(getattr(request.state, "account", "")) as take:
         while True:
             allowed = min(idle_seconds, deadline - time.monotonic())
             try:
