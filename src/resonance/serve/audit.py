@@ -107,7 +107,8 @@ class AuditLog:
 class Audited:
     """Records each request when its answer has ended, refused ones too.
 
-    Routes tell what they know in `request.state`: `account`, `patient` (checked) and `audio_seconds`. `request_id` is there
+    Routes tell what they know in `request.state`: `account`, `patient` (checked), `audio_seconds`, and of a WebSocket
+    that was refused `status`. `request_id` is there
     already.
     """
 
@@ -140,7 +141,7 @@ class Audited:
                 account=state.get("account"),
                 patient=state.get("patient"),
                 action=f"{scope.get('method', 'WEBSOCKET')} {route}",
-                status=status,
+                status=state.get("status", status),
                 audio_seconds=state.get("audio_seconds"),
             )
 

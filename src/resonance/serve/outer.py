@@ -67,7 +67,7 @@ class Outer:
         finally:
             if self.count and status:
                 route = getattr(scope.get("route"), "path", "other")
-                self.count(route, status, time.monotonic() - begun)
+                self.count(route, scope["state"].get("status", status), time.monotonic() - begun)
 
 
 async def fault(send: Send, error: ServiceError) -> None:

@@ -299,7 +299,9 @@ def test_the_audit_log_has_who_was_refused(running: Any) -> None:
     until = time.monotonic() + 10
     while not rows and time.monotonic() < until:  # written behind the answer
         rows = [json.loads(line) for line in log.read_text().splitlines()[before:] if "/listen" in line]
-    assert [(row["account"], row["patient"]) for row in rows] == [("anna", "bob")]
+    assert [(row["account"], row["patient"], row["status"]) for row in rows] == [("anna", "bob", 403)]
+    counted = running.service.metrics.registry.get_sample_value
+    assert counted("resonance_requests_total", {"route": "/listen", "status": "403"})
 
 
 def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
