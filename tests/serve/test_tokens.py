@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import threading
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def test_the_file_is_read_again_only_when_it_has_changed(file: TokenFile, monkey
 def test_a_token_ends_when_its_days_are_over(file: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     token, secret = file.create("visit", "all", days=2)
     assert file.find(secret) == token and not token.expired
-    later = datetime.now(timezone.utc) + timedelta(days=2, seconds=1)
+    later = datetime.now(UTC) + timedelta(days=2, seconds=1)
     monkeypatch.setattr(tokens, "_now", lambda: later)
     assert token.expired
     assert file.find(secret) is None

@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def submit(config: SubmitConfig, say: Say = print) -> str:
     enough = None if config.input_mode == "File" else request.COPIED_UP_TO
     listings = {name: aws.look(storage, aws.Folder.of(uri), enough) for name, uri in channels.items()}
     _check_files(config, storage)
-    name = config.name or f"resonance-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"[:-3]
+    name = config.name or f"resonance-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"[:-3]
     if config.name:
         _check_free(client, name)
     with aws.explained(str(output)):

@@ -7,7 +7,7 @@ that transcribing on another machine needs besides the base model. Only safetens
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class Info(BaseModel):
 
 def now() -> str:
     """The current time, UTC, ISO 8601 to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_info(folder: Path) -> Info:

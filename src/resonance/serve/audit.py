@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import threading
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class AuditLog:
     ) -> None:
         """One line. `action`: the method and the pattern of the route, never the path that was asked for."""
         row: dict[str, Any] = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request": _short(request_id),
             "account": _short(account),
             "patient": _short(patient),

@@ -121,7 +121,7 @@ class AudioDecoder:
             allowed = min(self._decode_seconds, deadline - time.monotonic())
             try:
                 samples, outcome, message = await asyncio.wait_for(decoder.decode(upload, self._max_samples), allowed)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise (_demanding(upload) if allowed == self._decode_seconds else deadline_passed()) from None
             except (OSError, EOFError, ValueError):
                 await decoder.end()
@@ -213,7 +213,7 @@ class AudioDecoder:
     async def _started(self) -> _Decoder:
         try:
             return await asyncio.wait_for(_Decoder.start(self._arguments), START_SECONDS)
-        except (OSError, EOFError, ValueError, asyncio.TimeoutError):
+        except (TimeoutError, OSError, EOFError, ValueError):
             raise _unavailable() from None
 
     def _later(self, work: Any) -> None:

@@ -9,7 +9,7 @@ import re
 import secrets
 import threading
 import time
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ class KeptAudio:
         refuses: that is logged, and the answer goes out all the same. Blocks; call it in a thread."""
         if patient is not None and not is_name(patient):
             raise ValueError
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         folder = self.folder / now.date().isoformat() / (patient or BASE_FOLDER)
         name = secrets.token_hex(16)
         result = answer.result

@@ -195,7 +195,7 @@ class Session:
     async def first_message(self) -> Start:
         try:
             message = await self.message_within(START_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ServiceError(
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
@@ -264,7 +264,7 @@ class Session:
             return None
         try:
             message = await self.message_within(IDLE_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ServiceError(
                 408,
                 "idle",

@@ -162,7 +162,7 @@ class RemoteService:
                     raise _lost_copy() from error
             except _full() as error:
                 raise _too_much() from error
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 response.cancel()
                 raise ServiceError(
                     504,

@@ -142,7 +142,7 @@ class Service:
         asked = self._loaded.batcher.check(fresh_seconds=seconds)
         try:
             await asyncio.wait_for(asyncio.wrap_future(asked), seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise not_ready(_("it did not in {seconds:g} s.").format(seconds=seconds)) from None
 
     async def drain(self, seconds: float) -> None:

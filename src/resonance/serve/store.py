@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class AdapterStore:
                 )
             )
         digests = {name: _sha256(path) for name, path in files.items()}
-        moment = datetime.now(timezone.utc)
+        moment = datetime.now(UTC)
         name = f"{moment:%Y%m%dT%H%M%S%f}-{digests[WEIGHTS_FILE][:8]}"
         size = sum(path.stat().st_size for path in files.values())
         created = moment.isoformat(timespec="seconds")
@@ -380,7 +380,7 @@ def _sha256(path: Path) -> str:
 def _age(version: str) -> float:
     """Seconds since a version of this name was begun; 0 where the name says nothing."""
     try:
-        begun = datetime.strptime(version.partition("-")[0], "%Y%m%dT%H%M%S%f").replace(tzinfo=timezone.utc)
+        begun = datetime.strptime(version.partition("-")[0], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
     except ValueError:
         return 0.0
     return time.time() - begun.timestamp()

@@ -194,7 +194,7 @@ async def _pieces(
             allowed = min(idle_seconds, deadline - time.monotonic())
             try:
                 piece = await asyncio.wait_for(anext(stream, None), allowed)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise ServiceError(
                     408,
                     "upload_too_slow",
