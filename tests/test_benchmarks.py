@@ -160,9 +160,9 @@ def test_adapter_load_reads_the_same_adapters_with_and_without_peft(tmp_path: Pa
 
 
 def test_serve_load_answers_everybody_as_themselves(openai_shaped: Path, tmp_path: Path) -> None:
-    small = ("--requests", 60, "--clients", 8, "--patients", 9, "--bad_share", 0.2, "--gone_share", 0.1, "--threads", 1)
+    small = ("--requests", 40, "--clients", 8, "--patients", 9, "--bad_share", 0.2, "--gone_share", 0.1, "--threads", 1)
     lines, result = run("serve_load.py", "--model", openai_shaped, *small, out=tmp_path / "r.json")
-    assert lines[-1] == "answered 60 of 60, 0 faults"
+    assert lines[-1] == "answered 40 of 40, 0 faults"
     assert {name.split()[-1] for name in result["statuses"]} <= {"200", "201", "400", "404", "413", "414", "415", "422"}
     assert sum(count for name, count in result["statuses"].items() if name.startswith("bad: ")) >= 3
     assert result["went_away"] and result["adapters"] and result["memory"]["samples"]

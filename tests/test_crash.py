@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -113,16 +114,27 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(
     assert steps == others and [step for step, _loss in steps] == list(range(1, 91))
 
 
+Run = tuple[dict[str, object], Path]  # what a training was given, and its folder
+
+
+@pytest.fixture(scope="module")
+def nine_steps(
+    recordings_in: Callable[[Path, int], Path], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    folder = tmp_path_factory.mktemp("nine-steps")
+    rows = recordings_in(folder / "recordings", 14)
+    given = {"train_file": rows, "model_name_or_path": str(tiny_model), **SETTINGS, "max_steps": 9}
+    process = start(given, folder / "whole")
+    process.join(SECONDS_AT_MOST)
+    assert process.exitcode == 0
+    return given, folder / "whole"
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "marker"])
-def test_a_torn_checkpoint_is_passed_over_with_a_warning(
-    damage: str, recordings: Callable[..., Path], tiny_model: Path, tmp_path: Path
-) -> None:
-    given = {"train_file": recordings(14), "model_name_or_path": str(tiny_model), **SETTINGS, "max_steps": 9}
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    for out in (whole, torn):
-        process = start(given, out)
-        process.join(SECONDS_AT_MOST)
-        assert process.exitcode == 0
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(damage: str, nine_steps: Run, tmp_path: Path) -> None:
+    given, whole = nine_steps
+    torn = tmp_path / "torn"
+    shutil.copytree(whole, torn)
     (torn / "adapter").rename(tmp_path / "away")
     newest = torn / "checkpoints" / "checkpoint-9"
     file = newest / "optimizer.pt"
