@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resonance.errors import ResonanceError
+from resonance.messages import _
 
 
 class ServiceError(ResonanceError):
@@ -37,3 +38,14 @@ class ServiceError(ResonanceError):
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def draining() -> ServiceError:
+    """The service stops: whoever still waits, or comes now, is answered by the next one."""
+    return ServiceError(
+        503,
+        "draining",
+        _("The service is about to stop."),
+        _("Send it again after the seconds that Retry-After gives."),
+        retry_after=5,
+    )

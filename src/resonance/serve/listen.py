@@ -28,9 +28,9 @@ from resonance.messages import _
 from resonance.serve import answers, fields
 from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, draining
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
-from resonance.serve.outer import Message, cut_off, internal_error, log, where
+from resonance.serve.outer import Message, internal_error, log, where
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import WAIT_SECONDS
 from resonance.serve.routes_transcribe import fallback_of, settings_of
@@ -84,7 +84,7 @@ async def listen(socket: WebSocket) -> None:
     except ServiceError as error:
         await refuse(socket, error)
     except asyncio.CancelledError:  # the time to finish what is under way is over
-        await refuse(socket, cut_off())
+        await refuse(socket, draining())
         raise
     except Exception as error:
         log.error("listen: %s at %s", type(error).__name__, where(error))
@@ -200,7 +200,7 @@ class Session:
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
         if message is None:
-            raise cut_off()
+            raise draining()
         try:
             return Start.model_validate_json(message.get("text") or "")
         except ValidationError as error:
@@ -272,7 +272,7 @@ class Session:
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
         if message is None:
-            self.ending = cut_off()
+            self.ending = draining()
             return None
         data: bytes | None = message.get("bytes")
         if data is not None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from resonance.messages import _
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, draining
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -57,7 +57,7 @@ class Outer:
         except asyncio.CancelledError:
             # The time to finish what is under way is over, and uvicorn ends it: whoever asked is told.
             if scope["type"] == "http" and not status:
-                await fault(sending, cut_off())
+                await fault(sending, draining())
         except Exception as error:
             log.error("request %s: %s at %s", request_id, type(error).__name__, where(error))
             if scope["type"] == "http" and not status:
@@ -77,16 +77,6 @@ async def fault(send: Send, error: ServiceError) -> None:
         headers.append((b"retry-after", str(error.retry_after).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
-
-
-def cut_off() -> ServiceError:
-    return ServiceError(
-        503,
-        "draining",
-        _("The service is about to stop."),
-        _("Send it again after the seconds that Retry-After gives."),
-        retry_after=5,
-    )
 
 
 def internal_error() -> ServiceError:

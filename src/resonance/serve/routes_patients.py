@@ -21,7 +21,7 @@ from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import refuse_unless_ready
 from resonance.serve.routes_openai import base_names
 from resonance.serve.shapes import AdapterShape, Deleted, Page, PatientList, Responses, VersionShape, refusals
-from resonance.serve.store import AdapterStore, VersionInfo
+from resonance.serve.store import AdapterStore, VersionInfo, not_found
 from resonance.serve.uploads import read_body, read_form
 
 router = APIRouter(tags=["patients"])
@@ -75,7 +75,7 @@ async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONR
     caller.allow(patient)
     versions = await asyncio.to_thread(store_of(request).versions, patient)
     if not versions:
-        raise no_adapter(patient)
+        raise not_found(patient)
     current = next((version.name for version in versions if version.current), None)
     return JSONResponse({"patient_id": patient, "current": current, "versions": [shape(v) for v in versions]})
 
@@ -154,16 +154,6 @@ def store_of(request: Request) -> AdapterStore:
             _("Start it with --adapters and a folder."),
         )
     return store
-
-
-def no_adapter(patient: str) -> ServiceError:
-    return ServiceError(
-        404,
-        "adapter_not_found",
-        _("There is no adapter for {patient}.").format(patient=patient),
-        _("Put one in place first, or check the id."),
-        param="patient_id",
-    )
 
 
 def shape(version: VersionInfo) -> dict[str, Any]:

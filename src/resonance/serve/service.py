@@ -22,7 +22,7 @@ from resonance.messages import _
 from resonance.serve.admission import Admission, Place
 from resonance.serve.batcher import Batcher, Engine, broken, not_ready
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, draining
 from resonance.serve.hearing import Hearing, no_adapters
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
@@ -157,7 +157,7 @@ class Service:
         if self._loading is not None:
             self._loading.cancel()
         if self._loaded is not None:
-            self._loaded.batcher.close(_draining)
+            self._loaded.batcher.close(draining)
             await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
         self._threads.close()
         if self._kept is not None:
@@ -184,7 +184,7 @@ class Service:
             hearing, ended = self._working(), self._ended
             assert ended is not None
             with self._admitted(request) as place:
-                hear = hearing.hear(request, place, Until(request.deadline, ended, _draining))
+                hear = hearing.hear(request, place, Until(request.deadline, ended, draining))
                 async with contextlib.aclosing(hear) as pieces:
                     async for piece in pieces:
                         if isinstance(piece, Answer):
@@ -273,7 +273,7 @@ class Service:
     def _refusal(self) -> ServiceError:
         state = self.state
         if state.status == "draining":
-            return _draining()
+            return draining()
         if state.status == "loading":
             return ServiceError(
                 503,
@@ -325,16 +325,6 @@ def create_service(config: ServeConfig) -> Service:
         return engine, AdapterPool(store, engine, memory_bytes(config.adapter_memory), config.refresh_seconds)
 
     return Service(config, None, None, audio_decoder(config), Metrics(), load=load, kept=KeptAudio.from_config(config))
-
-
-def _draining() -> ServiceError:
-    return ServiceError(
-        503,
-        "draining",
-        _("The service is about to stop."),
-        _("Send it again after the seconds that Retry-After gives."),
-        retry_after=LOADING_SECONDS,
-    )
 
 
 def _in_thread(function: Callable[[], Made]) -> Future[Made]:

@@ -219,7 +219,7 @@ _EXAMPLES = {
     400: ("audio_unreadable", "recording.wav: this is no audio file."),
     401: ("token_missing", "A token is needed."),
     403: ("not_yours", "This token does not open this model."),
-    404: ("adapter_not_found", "There is no adapter for anna."),
+    404: ("adapter_not_found", "There is no adapter of anna."),
     413: ("upload_too_large", "The upload is larger than 100 MB."),
     429: ("too_busy", "Too much audio is waiting."),
     503: ("loading", "The model is being loaded."),

@@ -37,9 +37,7 @@ class Heard:
 
     @property
     def tokenizer(self) -> LabelTokenizer:
-        return LabelTokenizer(
-            self.whisper.tokenizer, self.whisper.multilingual, None, self.task, self.whisper.max_label_tokens
-        )
+        return label_tokenizer(self.whisper, self.task)
 
     def some(self, rows: Sequence[int]) -> torch.Tensor:
         """The encoder's output of some rows."""
@@ -49,6 +47,11 @@ class Heard:
 
     def lengths_of(self, rows: Sequence[int]) -> list[int] | None:
         return None if self.lengths is None else [self.lengths[row] for row in rows]
+
+
+def label_tokenizer(whisper: Whisper, task: str) -> LabelTokenizer:
+    """What turns texts into the tokens of a model. The language is said with each text."""
+    return LabelTokenizer(whisper.tokenizer, whisper.multilingual, None, task, whisper.max_label_tokens)
 
 
 def prompts_of(heard: Heard, settings: DecodeSettings) -> list[list[int]]:

@@ -26,7 +26,14 @@ from resonance.model.load import Whisper, choose_device, load_whisper
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.model.mixing import Mixture, make_mixable
 from resonance.transcribe import clip_lengths
-from resonance.transcribe.answers import WRITES_TIMES, Heard, answers, detect_languages, timestamp_share
+from resonance.transcribe.answers import (
+    WRITES_TIMES,
+    Heard,
+    answers,
+    detect_languages,
+    label_tokenizer,
+    timestamp_share,
+)
 from resonance.transcribe.decoding import encode
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
 from resonance.units import SAMPLE_RATE
@@ -100,7 +107,7 @@ class MixedRecognizer:
                     name=self.name
                 )
             )
-        tokenizer = Heard(self.whisper, torch.empty(0), [], [], task).tokenizer
+        tokenizer = label_tokenizer(self.whisper, task)
         tokenizer.prompt(language)
         if settings.phrases:
             settings.phrases.trie(tokenizer, language)
@@ -121,8 +128,8 @@ class MixedRecognizer:
         # Next to each other, rows of the same context and of the same adapter go through the layers together.
         lengths = [self.positions(len(row.audio), row.adapter) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (lengths[i], id(rows[i].adapter)))
-        found = self._transcribe([rows[i] for i in order], [lengths[i] for i in order])
-        return [found[order.index(i)] for i in range(len(rows))]
+        found = dict(zip(order, self._transcribe([rows[i] for i in order], [lengths[i] for i in order]), strict=True))
+        return [found[i] for i in range(len(rows))]
 
     def _transcribe(self, rows: list[Row], lengths: list[int]) -> list[Transcript]:
         voices = [row.adapter for row in rows]
