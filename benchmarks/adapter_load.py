@@ -51,18 +51,19 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from resonance.model.allocator import return_large_blocks  # before torch, as in the service
+
+    return_large_blocks()
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    from resonance.model.allocator import return_large_blocks
     from resonance.model.lora import quiet_peft
     from resonance.model.lora_weights import read_adapter
     from resonance.model.mixing import make_mixable
     from resonance.serve.pool import AdapterPool
     from resonance.serve.store import AdapterStore
 
-    return_large_blocks()
     torch.set_num_threads(given.threads)
     shape = {
         "d_model": given.width,

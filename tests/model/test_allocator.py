@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,17 @@ def test_large_tensors_between_small_ones_are_given_back() -> None:
         pytest.skip("another C library than glibc")
     assert freed > 300  # of 320
     assert freed_mebibytes("plain")[1] < 100, "the C library does it by itself: the setting can go"
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[never]" in HUGE.read_text(), reason="a system without huge pages")
+@pytest.mark.parametrize("module", ["resonance.finetune", "resonance.serve.service"])
+def test_training_and_service_get_huge_pages_whatever_is_imported_first(module: str) -> None:
+    code = (
+        f"import {module}, torch; block = torch.ones(16 << 20); "
+        "print([line for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')][0].split()[1])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output.split()[-1]) > 48 << 10  # kB of 64 MiB

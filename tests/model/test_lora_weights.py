@@ -143,9 +143,9 @@ def test_every_update_is_what_peft_would_add(
     theirs = {n: m for n, m in tuned.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
     assert adapter.layers.keys() == theirs.keys() and len(theirs) >= 4
     for name, (a, b) in adapter.layers.items():
-        assert a.shape == (base.linear_shapes[name][0], b.shape[0]) and a.is_contiguous() and b.is_contiguous()
+        assert (a.shape[1], b.shape[0]) == base.linear_shapes[name] and a.is_contiguous() and b.is_contiguous()
         delta = theirs[name].get_delta_weight("default")  # [out, in]
-        torch.testing.assert_close((a @ b).T, delta.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(b @ a, delta.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_it_knows_its_file_its_person_and_its_size_and_is_one_block_of_memory(
@@ -301,6 +301,39 @@ def test_a_damaged_weights_file_is_refused_and_nothing_in_it_runs(
         os.truncate(folder / WEIGHTS, 1 << 40)  # a terabyte of nothing, as disks tell it
     assert WEIGHTS in refused(folder, base)
     assert not (tmp_path / "exploded").exists()
+
+
+def lies(header: dict[str, Any], how: str) -> None:
+    """Let a header of safetensors say what its format forbids."""
+    first, second, *_others = (entry for key, entry in sorted(header.items()) if key.endswith("q_proj.lora_B.weight"))
+    last = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    if how == "same place":
+        second["data_offsets"] = first["data_offsets"]
+    elif how == "hole":
+        for entry in header.values():
+            if "data_offsets" in entry:
+                entry["data_offsets"] = [offset + 8 for offset in entry["data_offsets"]]
+    elif how == "beyond":
+        second["data_offsets"] = [last, last + second["data_offsets"][1] - second["data_offsets"][0]]
+    elif how == "before":
+        first["data_offsets"] = [-8, first["data_offsets"][1]]
+    elif how == "type":
+        first["dtype"] = "F8_E4M3"
+
+
+@pytest.mark.parametrize("how", ["same place", "hole", "beyond", "before", "type", "bytes behind"])
+def test_matrices_that_share_or_leave_out_bytes_are_refused(
+    how: str, plain: Callable[[Path], Path], base: Base, tmp_path: Path
+) -> None:
+    folder = plain(tmp_path / "adapter")
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    lies(header, how)
+    text = json.dumps(header).encode()
+    behind = b"12345678" if how in ("hole", "bytes behind") else b""
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + behind)
+    assert "is damaged" in refused(folder, base)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"peft_type": "LORA"}', "\ud800", "x" * 2_000_000])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
 _HEADER_ROOM = 16 << 20  # bytes of names and notes before the matrices
+_BLOCK = 1 << 20  # bytes read at a time
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -60,8 +60,8 @@ class LoadedAdapter:
     """The low-rank updates of one adapter. Never changed: a newer version is another object.
 
     layers: by the name of the linear layer in WhisperForConditionalGeneration (`model.encoder.layers.0.self_attn.q_proj`),
-    A [in, rank] and B [rank, out], B multiplied by the scaling, both in the model's precision and on its device; views of
-    one tensor.
+    A [rank, in] and B [out, rank] as in the file, B multiplied by the scaling, both in the model's precision and on its
+    device; views of one block of `nbytes`.
     """
 
     name: str
@@ -102,65 +102,85 @@ def read_adapter(folder: Path, *, name: str, version: str, base: AdapterBase) ->
             )
         )
     settings = read_settings(folder)
-    data = _read(folder / WEIGHTS_FILE, base)
-    with ThreadPoolExecutor(1) as aside:  # half of the time, without the interpreter's lock
-        digest = aside.submit(hashlib.sha256, data.numpy().data)
-        pairs = _pairs(folder, _weights(folder / WEIGHTS_FILE, data), settings, base)
-        flat = _flat(pairs, settings, base.dtype)
-    # The sum is a number where every value is one, and takes a thirtieth of the time.
-    if not math.isfinite(flat.sum(dtype=torch.float32)) and not torch.isfinite(flat).all():
+    header, data, fingerprint = _read(folder / WEIGHTS_FILE, base)
+    pairs = _pairs(folder, _weights(folder / WEIGHTS_FILE, header, data), settings, base)
+    layers = _ready(pairs, settings, base)
+    matrices = [matrix for pair in layers.values() for matrix in pair]
+    # A sum is a number where every value is one, and takes a thirtieth of the time.
+    sums = torch.stack([matrix.sum(dtype=torch.float32) for matrix in matrices])
+    if not sums.isfinite().all() and not all(matrix.isfinite().all() for matrix in matrices):
         raise AdapterError(
             _(
                 "The adapter {folder} holds values that are no numbers, or too large for {dtype}. Train it again, with a "
                 "smaller --learning_rate."
-            ).format(folder=folder, dtype=str(flat.dtype).removeprefix("torch."))
+            ).format(folder=folder, dtype=str(base.dtype).removeprefix("torch."))
         )
-    flat = flat.to(base.device)
-    return LoadedAdapter(name, version, digest.result().hexdigest(), info, _views(flat, pairs), flat.nbytes)
+    return LoadedAdapter(name, version, fingerprint, info, layers, matrices[0].untyped_storage().nbytes())
 
 
-def _read(path: Path, base: AdapterBase) -> torch.Tensor:
-    """The whole file, uint8 [bytes]: a mapped one that somebody shortens ends the process (SIGBUS)."""
+def _read(path: Path, base: AdapterBase) -> tuple[bytes, torch.Tensor, str]:
+    """A safetensors file: its header, its matrices as uint8 [bytes], and the SHA-256 of both.
+
+    Read, not mapped: a mapped file that somebody shortens ends the process (SIGBUS).
+    """
     most = sum(into + out for into, out in base.linear_shapes.values()) * MAX_RANK * 8 + _HEADER_ROOM
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
+        with path.open("rb") as stream, ThreadPoolExecutor(1) as aside:
             size = os.fstat(stream.fileno()).st_size
-            if size <= most:
-                data = torch.empty(size, dtype=torch.uint8)
-                return data[: stream.readinto(data.numpy().data)]
+            if size > most:
+                raise AdapterError(
+                    _(
+                        "{path} has {size} MB, more than any adapter of this model ({most} MB). Copy the adapter again."
+                    ).format(path=path, size=size // 1_000_000, most=most // 1_000_000)
+                )
+            length = stream.read(8)
+            header = stream.read(min(int.from_bytes(length, "little"), size))
+            digest.update(length + header)
+            data = torch.empty(size - stream.tell(), dtype=torch.uint8)
+            room = data.numpy().data
+            for start in range(0, len(room), _BLOCK):
+                block = room[start : start + _BLOCK]
+                found = stream.readinto(block)
+                if found < len(block):  # shortened since: its last matrix will be missed
+                    data = data[: start + found]
+                    break
+                aside.submit(digest.update, block)  # neither this nor reading holds the interpreter's lock
     except OSError as error:
         raise AdapterError(
             _("{path}: cannot be read ({reason}).").format(path=path, reason=error.strerror or error)
         ) from error
-    raise AdapterError(
-        _("{path} has {size} MB, more than any adapter of this model ({most} MB). Copy the adapter again.").format(
-            path=path, size=size // 1_000_000, most=most // 1_000_000
-        )
-    )
+    return header, data, digest.hexdigest()
 
 
-def _weights(path: Path, data: torch.Tensor) -> dict[str, torch.Tensor]:
+def _weights(path: Path, header: bytes, data: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, where they lie: `safetensors.torch.load` copies each, into memory that the system
     has to find first, which takes as long as all the rest.
 
     The format: https://github.com/huggingface/safetensors#format
     """
     try:
-        begin = 8 + int.from_bytes(bytes(data[:8].numpy()), "little")
-        header = json.loads(bytes(data[8:begin].numpy()))
-        header.pop("__metadata__", None)
-        found = {}
-        for key, entry in header.items():
-            first, last = (begin + int(offset) for offset in entry["data_offsets"])
-            part = data[first:last]
-            if first % 8:  # dtypes start at multiples of their size
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        found, end = {}, 0
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = map(int, entry["data_offsets"])
+            if first != end:  # as the format demands: two matrices in one place would be scaled twice
+                raise ValueError(f"{key} begins at byte {first}, not {end}")
+            part, end = data[first:last], last
+            dtype = _DTYPES[entry["dtype"]]
+            if first % dtype.itemsize:
                 part = part.clone()
-            found[key] = part.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+            found[key] = part.view(dtype).view(entry["shape"])
+        if end != len(data):
+            raise ValueError(f"{len(data)} bytes where {end} belong")
         return found
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise AdapterError(
-            _("{path} is damaged: {reason}. Copy the adapter again.").format(path=path, reason=str(error)[:200])
-        ) from None
+        raise _damaged(path, str(error)[:200]) from None
+
+
+def _damaged(path: Path, reason: str) -> AdapterError:
+    return AdapterError(_("{path} is damaged: {reason}. Copy the adapter again.").format(path=path, reason=reason))
 
 
 def _pairs(
@@ -232,19 +252,23 @@ def _stray(folder: Path, key: str, base: AdapterBase) -> str:
     )
 
 
-def _flat(pairs: dict[str, _Pair], settings: LoraSettings, dtype: torch.dtype) -> torch.Tensor:
-    """A [in, rank] and B [rank, out] of each layer one after the other, B multiplied by the scaling."""
-    flat = torch.empty(sum(a.numel() + b.numel() for a, b in pairs.values()), dtype=dtype)
-    for (layer, (a, b)), (a_view, b_view) in zip(pairs.items(), _views(flat, pairs).values(), strict=True):
-        a_view.copy_(a.T)
-        # Scaled in float32: the values of a 16-bit file would otherwise be rounded twice.
-        torch.mul(b.T.to(torch.float32), settings.scaling(layer), out=b_view)
-    return flat
+def _ready(pairs: dict[str, _Pair], settings: LoraSettings, base: AdapterBase) -> dict[str, _Pair]:
+    """The matrices as they are multiplied: B scaled, in the model's precision and on its device, in one block.
+
+    Float32 for a model in float32 stays where it was read to: whisper-small's 14 MB at rank 32 are not copied.
+    """
+    where = {matrix.untyped_storage().data_ptr() for pair in pairs.values() for matrix in pair}
+    if len(where) > 1 or any(matrix.dtype != torch.float32 for pair in pairs.values() for matrix in pair):
+        pairs = _one_block(pairs, torch.float32, torch.device("cpu"))
+    for layer, (_a, b) in pairs.items():  # in float32: the values of a 16-bit file would otherwise be rounded twice
+        b.mul_(settings.scaling(layer))
+    if base.dtype == torch.float32 and base.device.type == "cpu":
+        return pairs
+    return _one_block(pairs, base.dtype, base.device)
 
 
-def _views(flat: torch.Tensor, pairs: dict[str, _Pair]) -> dict[str, _Pair]:
-    parts = iter(flat.split_with_sizes([matrix.numel() for pair in pairs.values() for matrix in pair]))
-    return {
-        layer: (next(parts).view(a.shape[1], a.shape[0]), next(parts).view(b.shape[1], b.shape[0]))
-        for layer, (a, b) in pairs.items()
-    }
+def _one_block(pairs: dict[str, _Pair], dtype: torch.dtype, device: torch.device) -> dict[str, _Pair]:
+    matrices = [matrix for pair in pairs.values() for matrix in pair]
+    flat = torch.cat([matrix.flatten() for matrix in matrices]).to(dtype).to(device)
+    parts = iter(flat.split_with_sizes([matrix.numel() for matrix in matrices]))
+    return {layer: (next(parts).view(a.shape), next(parts).view(b.shape)) for layer, (a, b) in pairs.items()}

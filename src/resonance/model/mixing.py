@@ -21,9 +21,8 @@ from resonance.model.lora_weights import LoadedAdapter
 # on both take the same time, and nothing has to be copied.
 FEW_TOKENS = 15
 
-Pair = tuple[
-    torch.Tensor, torch.Tensor
-]  # A and B: [in, rank] and [rank, out], or [rows, in, rank] and [rows, rank, out]
+# A and B: [rank, in] and [out, rank], or [rows, rank, in] and [rows, out, rank]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Mixture:
@@ -64,15 +63,15 @@ class Mixture:
         """The updates of one layer for all rows, zero where a row has none. None: no row has any."""
         if name not in self._stacked:
             pairs = [adapter.layers.get(name) if adapter else None for adapter in self.rows]
-            ranks = [pair[0].shape[1] for pair in pairs if pair]
+            ranks = [len(pair[0]) for pair in pairs if pair]
             if not ranks:
                 return None
-            a = like.weight.new_zeros(len(pairs), like.in_features, max(ranks))
-            b = like.weight.new_zeros(len(pairs), max(ranks), like.out_features)
+            a = like.weight.new_zeros(len(pairs), max(ranks), like.in_features)
+            b = like.weight.new_zeros(len(pairs), like.out_features, max(ranks))
             for row, pair in enumerate(pairs):
                 if pair:
-                    rank = pair[0].shape[1]
-                    a[row, :, :rank], b[row, :rank] = pair
+                    rank = len(pair[0])
+                    a[row, :rank], b[row, :, :rank] = pair
             self._stacked[name] = a, b
         return self._stacked[name]
 
@@ -101,11 +100,11 @@ class MixedLinear(nn.Module):
                 if pair:
                     a, b = pair
                     part = slice(start * per_row, end * per_row)
-                    y[part].flatten(0, 1).addmm_(x[part].flatten(0, 1) @ a, b)
+                    y[part].flatten(0, 1).addmm_(x[part].flatten(0, 1) @ a.T, b.T)
         elif pair := self.mixture.stacked(self.name, self.base):
             a, b = pair
             into = y.view(rows, per_row * y.shape[1], y.shape[2])
-            into.baddbmm_(x.reshape(rows, per_row * x.shape[1], x.shape[2]) @ a, b)
+            into.baddbmm_(x.reshape(rows, per_row * x.shape[1], x.shape[2]) @ a.mT, b.mT)
         return y
 
     @property
