@@ -265,6 +265,16 @@ def test_samples_that_are_not_numbers_are_refused_with_their_place(tmp_path: Pat
     assert not (tmp_path / "b.wav").exists()
 
 
+def test_samples_beyond_any_sound_are_refused_and_those_of_a_loud_recording_are_not(tmp_path: Path) -> None:
+    audio = sweep(1, 16_000)
+    audio[8000] = 3.0
+    soundfile.write(tmp_path / "a.wav", audio, 16_000, subtype="FLOAT")
+    assert read_audio(tmp_path / "a.wav").max() == 3.0
+    audio[8000] = -1e30
+    soundfile.write(tmp_path / "a.wav", audio, 16_000, subtype="FLOAT")
+    assert "samples of 1.0e+30; sound is from -1 to 1" in error_of(tmp_path / "a.wav")
+
+
 def test_sound_of_a_video_and_a_video_without_sound(tmp_path: Path) -> None:
     assert len(read_audio(video(tmp_path / "talk.mp4", with_sound=True))) == pytest.approx(16_000, abs=1100)
     assert "no audio track" in error_of(video(tmp_path / "mute.mp4", with_sound=False))

@@ -19,6 +19,7 @@ from resonance.errors import AudioError, DataError, NoSoundError, TooLongError
 from resonance.messages import _
 from resonance.units import SAMPLE_RATE
 
+LOUDEST = 1e4  # sound is from -1 to 1. Of 1e30 in a file of floats the log-mel spectrogram is no number
 SPAN_SLACK_SECONDS = 0.25  # a span may end this much after the recording: manifests round, and count MP3 padding or not
 MAX_WAV_SECONDS = (2**32 - 100) // (2 * SAMPLE_RATE)  # 37 hours: a WAV header counts bytes in 32 bits
 
@@ -101,7 +102,7 @@ def write_wav(path: str | Path, audio: Samples | Iterable[Samples]) -> None:
             with wave.open(stream, "wb") as file:
                 file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
                 for block in (audio,) if isinstance(audio, np.ndarray) else audio:
-                    _refuse_not_finite(path, block, file.tell() / SAMPLE_RATE)
+                    _refuse_impossible(path, block, file.tell() / SAMPLE_RATE)
                     if file.tell() + len(block) > MAX_WAV_SECONDS * SAMPLE_RATE:
                         raise _too_long(path, MAX_WAV_SECONDS)
                     file.writeframesraw(np.clip(np.rint(block * 32768.0), -32768, 32767).astype("<i2").tobytes())
@@ -145,7 +146,7 @@ def _at_16khz(source: Source, start: float, end: float | None) -> Iterator[Sampl
             resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, quality="HQ")
         if resampler:
             block = resampler.resample_chunk(block)
-            _refuse_not_finite(source.path, block, start + produced / SAMPLE_RATE)
+            _refuse_impossible(source.path, block, start + produced / SAMPLE_RATE)
         if len(block):
             produced += len(block)
             yield block
@@ -162,7 +163,7 @@ def _checked(source: Source, start: float, end: float | None) -> Blocks:
         raise _bad_span(source.path, start, end, promised)
     delivered = 0.0
     for rate, block in source.blocks(start, end):
-        _refuse_not_finite(source.path, block, start + delivered)
+        _refuse_impossible(source.path, block, start + delivered)
         delivered += len(block) / rate
         yield rate, block
     if promised is None and ((end is not None and start + delivered < end - source.slack) or (start and not delivered)):
@@ -175,15 +176,22 @@ def _checked(source: Source, start: float, end: float | None) -> Blocks:
         raise NoSoundError(_("{path}: holds no sound (0 seconds). Record it again.").format(path=source.path))
 
 
-def _refuse_not_finite(path: Name, block: Samples, seconds: float) -> None:
-    finite = np.isfinite(block)
-    if not finite.all():
+def _refuse_impossible(path: Name, block: Samples, seconds: float) -> None:
+    loudest = float(np.abs(block).max(initial=0))
+    if loudest <= LOUDEST:
+        return
+    if math.isfinite(loudest):
         raise AudioError(
-            _(
-                "{path}: holds samples that are not numbers (NaN or infinite), near {seconds:.2f} seconds. "
-                "Export it again from the program that made it."
-            ).format(path=path, seconds=seconds)
+            _("{path}: holds samples of {found:.1e}; sound is from -1 to 1. Export it again as 16-bit WAV.").format(
+                path=path, found=loudest
+            )
         )
+    raise AudioError(
+        _(
+            "{path}: holds samples that are not numbers (NaN or infinite), near {seconds:.2f} seconds. "
+            "Export it again from the program that made it."
+        ).format(path=path, seconds=seconds)
+    )
 
 
 def _refuse_cut_off(source: Source, readable: float, wanted: float | None) -> None:

@@ -30,6 +30,7 @@ class Mixture:
 
     def __init__(self) -> None:
         self.rows: tuple[LoadedAdapter | None, ...] = ()
+        self.alike = True  # all rows have the same adapter, or none
         self._stacked: dict[str, Pair] = {}
 
     @contextlib.contextmanager
@@ -38,18 +39,22 @@ class Mixture:
 
         Outside there are no adapters, whatever happens inside.
         """
-        before = self.rows, self._stacked
-        self.rows, self._stacked = tuple(rows), {}
+        before, stacked = self.rows, self._stacked
+        self._put(tuple(rows), {})
         try:
             yield
         finally:
-            self.rows, self._stacked = before
+            self._put(before, stacked)
 
     def keep(self, kept: torch.Tensor) -> None:
         """The batch goes on with these rows only, until the end of the block."""
         if self.rows:
-            self.rows = tuple(self.rows[row] for row in kept.tolist())
-            self._stacked = {name: (a[kept], b[kept]) for name, (a, b) in self._stacked.items()}
+            stacked = {name: (a[kept], b[kept]) for name, (a, b) in self._stacked.items()}
+            self._put(tuple(self.rows[row] for row in kept.tolist()), stacked)
+
+    def _put(self, rows: tuple[LoadedAdapter | None, ...], stacked: dict[str, Pair]) -> None:
+        self.rows, self._stacked = rows, stacked
+        self.alike = all(adapter is rows[0] for adapter in rows)
 
     def groups(self) -> Iterator[tuple[int, int, LoadedAdapter | None]]:
         """Rows from the first to before the second that have the same adapter."""
@@ -92,9 +97,7 @@ class MixedLinear(nn.Module):
         if x.shape[0] % rows:
             raise RuntimeError(f"a batch of {x.shape[0]} where adapters are in place for {rows} rows")
         per_row = x.shape[0] // rows
-        first = self.mixture.rows[0]
-        alike = all(adapter is first for adapter in self.mixture.rows)
-        if alike or x.shape[1] * per_row > FEW_TOKENS:
+        if self.mixture.alike or x.shape[1] * per_row > FEW_TOKENS:
             for start, end, adapter in self.mixture.groups():
                 pair = adapter.layers.get(self.name) if adapter else None
                 if pair:

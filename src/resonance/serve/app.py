@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -48,7 +49,15 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
             await service.drain(config.drain_seconds)
             record.close()
 
-    app = FastAPI(title="Resonance", lifespan=lifespan, docs_url="/docs", redoc_url=None, redirect_slashes=False)
+    # FastAPI's own page of the routes takes its script from another company's network.
+    app = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        static_url="/docs/files",
+        title="Resonance",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
     app.state.service, app.state.auth, app.state.config = service, auth, config
     app.state.budget = ReadingBudget()
     for module in ROUTERS:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from resonance.data.audio import LOUDEST
 from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Place
 from resonance.serve.batcher import Batcher, Engine, invalid_settings
 from resonance.serve.decode_pool import AudioDecoder
-from resonance.serve.decoder_child import LOUDEST
 from resonance.serve.faults import ServiceError
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -190,4 +191,12 @@ def test_the_openapi_document_has_an_example_or_a_description_for_every_route(cl
             assert all(answer["description"] for answer in operation["responses"].values())
             wrong = operation["responses"]["500"]["content"]["application/json"]["schema"]
             assert wrong == {"$ref": "#/components/schemas/FaultBody"}, (method, path)
-    assert client.get("/docs").status_code == 200
+
+
+def test_the_page_of_the_routes_works_without_the_internet(client: httpx2.Client) -> None:
+    page = client.get("/docs")
+    addresses = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page.text)
+    assert len(addresses) >= 4 and "/openapi.json" in addresses
+    for address in addresses:
+        assert address.startswith("/") and client.get(address).status_code == 200, address
+    assert "http" not in page.headers["content-security-policy"]
