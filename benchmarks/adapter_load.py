@@ -4,7 +4,7 @@ many.
     python benchmarks/adapter_load.py
 
 A random model of whisper-small's shape (768 wide, 12 and 12 layers) takes `--adapters` LoRA adapters of rank 32 on q_proj and
-v_proj, 14 MB each, which PEFT has written, read from the file cache: by `peft` into one model with all those before it, as it
+v_proj, 14 MB each, read from the file cache: by `peft` into one model with all those before it, as it
 does in services with `set_adapter`; by Resonance from the folder (`read_adapter`), and through the pool, which compares every
 file with its checksum (tokenizer.json of Whisper's size among them). One after the other in turn. Then the pool reads
 `--cycles` adapters with a budget for ten. The last line is the median of `read_adapter` in milliseconds, then PEFT's for the
@@ -14,7 +14,6 @@ last adapters.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -22,11 +21,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import machine
+from made_up_adapter import TARGETS, Base, make_adapter
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDERS = 4  # written; more would only fill the disk
+SIDE_FILES = {  # as large as Whisper's
+    name: b" " * size
+    for name, size in (("tokenizer.json", 3_930_000), ("vocab.json", 1_040_000), ("preprocessor_config.json", 340))
+}
 GOAL_MS = 17
 
 
@@ -75,15 +82,14 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "decoder_attention_heads": given.width // 16,
     }
     with torch.device("meta"):  # only names and shapes count here
-        base = Base(make_mixable(WhisperForConditionalGeneration(WhisperConfig(**shape)))[1])
-    config = LoraConfig(r=given.rank, lora_alpha=2 * given.rank, target_modules=["q_proj", "v_proj"])
+        linear = make_mixable(WhisperForConditionalGeneration(WhisperConfig(**shape)))[1]
+    made_for = Base("whisper-small's shape, random weights", "0" * 64, linear, SIDE_FILES)
+    base = Loaded(made_for.name, made_for.fingerprint, linear, torch.float32, torch.device("cpu"))
+    config = LoraConfig(r=given.rank, lora_alpha=2 * given.rank, target_modules=list(TARGETS))
     with quiet_peft():
         tuned = get_peft_model(WhisperForConditionalGeneration(WhisperConfig(**shape)), config)
     for i in range(FOLDERS):
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-        complete(tuned, folder / "plain" / str(i), base)
+        make_adapter(made_for, seed=i, rank=given.rank).write(folder / "plain" / str(i))
     (folder / "store").mkdir()
     store = AdapterStore(folder / "store")
     people = [f"person-{i}" for i in range(given.adapters)]
@@ -130,39 +136,14 @@ def middle(times: Iterable[float]) -> float:
     return round(statistics.median(times), 1)
 
 
-class Base:
+class Loaded(NamedTuple):
     """The model, as far as reading adapters for it goes."""
 
-    name, fingerprint = "whisper-small's shape, random weights", "0" * 64
-
-    def __init__(self, linear_shapes: dict[str, tuple[int, int]]) -> None:
-        import torch
-
-        self.linear_shapes, self.dtype, self.device = linear_shapes, torch.float32, torch.device("cpu")
-
-
-def complete(tuned: Any, folder: Path, base: Base) -> None:
-    """What PEFT writes, and what Resonance adds to it."""
-    from resonance.model.adapters import INFO_FILE, Info
-
-    tuned.save_pretrained(str(folder), save_embedding_layers=False)
-    info = Info(
-        kind="lora",
-        base_model=base.name,
-        base_fingerprint=base.fingerprint,
-        language="en",
-        task="transcribe",
-        audio_context="auto",
-        audio_margin=0.6,
-        normalizer="basic",
-        scores={},
-        data={},
-        settings={},
-        versions={},
-    )
-    (folder / INFO_FILE).write_text(json.dumps(info.model_dump(mode="json")), encoding="utf-8")
-    for name, size in (("tokenizer.json", 3_930_000), ("vocab.json", 1_040_000), ("preprocessor_config.json", 340)):
-        (folder / name).write_bytes(b" " * size)
+    name: str
+    fingerprint: str
+    linear_shapes: dict[str, tuple[int, int]]
+    dtype: torch.dtype
+    device: torch.device
 
 
 def resident_mib() -> int:

@@ -38,24 +38,35 @@ class MadeUpAdapter:
         return buffer.getvalue()
 
 
-def make_adapter(model: Path, *, seed: int, rank: int = 4) -> MadeUpAdapter:
-    """An adapter for the checkpoint in `model`, as `resonance train` leaves one, large enough to be heard."""
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that adapters are made up for. shapes: (in, out) of its linear layers, by name."""
+
+    name: str
+    fingerprint: str
+    shapes: dict[str, tuple[int, int]]
+    files: dict[str, bytes]  # what an adapter folder copies from it
+
+
+def make_adapter(base: Base, *, seed: int, rank: int = 4) -> MadeUpAdapter:
+    """An adapter for `base`, as `resonance train` leaves one, large enough to be heard."""
     import torch
     from safetensors.torch import save
 
     from resonance.model.adapters import INFO_FILE, Info, now
 
-    shapes, fingerprint = _base(model)
     random = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, (into, out) in shapes.items():
+    for name, (into, out) in base.shapes.items():
+        if not name.endswith(TARGETS):
+            continue
         a, b = torch.randn(rank, into, generator=random), torch.randn(out, rank, generator=random)
         weights[f"base_model.model.{name}.lora_A.weight"] = a / into**0.5
         weights[f"base_model.model.{name}.lora_B.weight"] = b / (2 * rank**0.5)
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": model.name,
+        "base_model_name_or_path": base.name,
         "r": rank,
         "lora_alpha": 2 * rank,
         "lora_dropout": 0.0,
@@ -65,8 +76,8 @@ def make_adapter(model: Path, *, seed: int, rank: int = 4) -> MadeUpAdapter:
     }
     info = Info(
         kind="lora",
-        base_model=model.name,
-        base_fingerprint=fingerprint,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
         language="en",
         task="transcribe",
         audio_context="auto",
@@ -78,7 +89,7 @@ def make_adapter(model: Path, *, seed: int, rank: int = 4) -> MadeUpAdapter:
         versions={},
         created=now(),
     )
-    files = {name: (model / name).read_bytes() for name in COPIED if (model / name).is_file()}
+    files = dict(base.files)
     files["adapter_model.safetensors"] = save(weights, metadata={"format": "pt"})
     files["adapter_config.json"] = json.dumps(config).encode()
     files[INFO_FILE] = info.model_dump_json().encode()
@@ -86,8 +97,8 @@ def make_adapter(model: Path, *, seed: int, rank: int = 4) -> MadeUpAdapter:
 
 
 @cache
-def _base(model: Path) -> tuple[dict[str, tuple[int, int]], str]:
-    """(in, out) of each layer that an adapter updates, and the fingerprint of the weights."""
+def base_of(model: Path) -> Base:
+    """The checkpoint in the folder `model`."""
     from safetensors import safe_open
 
     from resonance.model.load import weights_fingerprint
@@ -96,7 +107,7 @@ def _base(model: Path) -> tuple[dict[str, tuple[int, int]], str]:
     with safe_open(model / "model.safetensors", framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - not a dict
             name = key.removesuffix(".weight")
-            if name != key and name.endswith(TARGETS):
-                out, into = weights.get_slice(key).get_shape()
-                shapes[name if name.startswith("model.") else f"model.{name}"] = (into, out)
-    return shapes, weights_fingerprint(str(model))
+            if name != key and len(shape := weights.get_slice(key).get_shape()) == 2:
+                shapes[name if name.startswith("model.") else f"model.{name}"] = (shape[1], shape[0])
+    files = {name: (model / name).read_bytes() for name in COPIED if (model / name).is_file()}
+    return Base(model.name, weights_fingerprint(str(model)), shapes, files)

@@ -32,7 +32,7 @@ from typing import Any
 
 import machine
 import made_up
-from made_up_adapter import make_adapter
+from made_up_adapter import base_of, make_adapter
 
 DEMO = machine.REPOSITORY / "src" / "resonance" / "demo_speaker" / "labels.json"
 PROMPT_TOKENS = 4
@@ -75,7 +75,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     people = [f"person-{i}" for i in range(given.clients)]
     for i, name in enumerate(people):
-        make_adapter(model, seed=i, rank=RANKS[i % len(RANKS)]).write(folder / "adapters" / name)
+        make_adapter(base_of(model), seed=i, rank=RANKS[i % len(RANKS)]).write(folder / "adapters" / name)
     clips, seconds = recordings(given, folder)
     with contextlib.ExitStack() as running:
         services = {name: running.enter_context(start(given, model, folder)) for name, start in SERVICES.items()}

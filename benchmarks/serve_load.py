@@ -38,7 +38,7 @@ import psutil
 import bad_audio
 import machine
 import made_up
-from made_up_adapter import MadeUpAdapter, make_adapter
+from made_up_adapter import MadeUpAdapter, base_of, make_adapter
 
 MEBIBYTE = 1 << 20
 REFRESH_SECONDS = 1.0
@@ -133,7 +133,7 @@ def measure(given: argparse.Namespace, folder: Path) -> tuple[Run, dict[str, Any
     people = {f"person-{i}": Person() for i in range(given.patients)}
     for i, (name, person) in enumerate(people.items()):
         if i % 3:  # the others come later
-            adapter = make_adapter(model, seed=i, rank=random_.choice((2, 4, 8)))
+            adapter = make_adapter(base_of(model), seed=i, rank=random_.choice((2, 4, 8)))
             adapter.write(folder / "adapters" / name)
             person.changes.append([0.0, 0.0, adapter.fingerprint])
     labels = made_up.write_clips(folder / "clips", 12, 3.0, given.seed)
@@ -294,7 +294,9 @@ async def manage(run: Run, http: httpx.AsyncClient) -> None:
         name = run.random.choice(list(run.people))
         person = run.people[name]
         leaves = person.present and run.random.random() < 0.3
-        adapter = None if leaves else make_adapter(run.model, seed=next(seeds), rank=run.random.choice((2, 4, 8)))
+        adapter = (
+            None if leaves else make_adapter(base_of(run.model), seed=next(seeds), rank=run.random.choice((2, 4, 8)))
+        )
         change = [time.monotonic(), float("inf"), adapter and adapter.fingerprint]
         action = "deleted" if adapter is None else "replaced" if person.present else "appeared"
         person.changes.append(change)
