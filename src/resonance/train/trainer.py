@@ -183,12 +183,15 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
 
     def gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights where the processes hold a part each (ZeRO-3, FSDP), else None. To be called by all of them."""
-        if self.model_wrapped is self.model:  # nothing was trained: they lie as they were loaded
-            return None
-        if not (self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())):
+        # Where nothing was trained, they lie as they were loaded. FSDP divides the model itself, DeepSpeed wraps it.
+        by_fsdp = self.is_fsdp_enabled and isinstance(self.model, torch.distributed.fsdp.FSDPModule)
+        by_deepspeed = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled() and self.model_wrapped is not self.model
+        if not by_fsdp and not by_deepspeed:
             return None
         state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-        return state
+        # Two copies of the same values by now, of which a checkpoint has one.
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        return {name: weight for name, weight in state.items() if name not in tied}
 
     def kept_scores(self) -> dict[str, float]:
         """Scores of the checkpoint that the model now holds: the best one where that was asked for, else the last."""
