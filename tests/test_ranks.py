@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from resonance.cli import run
+from resonance.errors import ConfigError
 from resonance.ranks import Ranks, first_host, meeting_point, ranks
 
 TORCHRUN = {
@@ -71,3 +73,20 @@ def test_one_process_on_each_disk_writes_what_a_run_is_continued_from() -> None:
     places = [Ranks(rank, 4, rank % 2, own_disk=own) for own in (False, True) for rank in range(4)]
     assert [place.writes for place in places] == [True, False, False, False, True, False, True, False]
     assert [place.main for place in places] == [True, False, False, False] * 2
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
+@pytest.mark.parametrize("found", ["x", "-1", "1.5", "٣"])
+def test_a_variable_that_is_no_number_is_named(name: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is “{found}”"):
+        ranks({"RANK": "0", "WORLD_SIZE": "2", name: found})
+
+
+def test_a_training_says_so_and_other_commands_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(["train", "--train_file", "a.json", "--output_dir", "out"]) == ConfigError.exit_code
+    assert capsys.readouterr().err.startswith("Error: RANK is “x” in the environment")
+    assert run(["--help"]) == 0

@@ -32,7 +32,7 @@ from resonance.errors import (
 )
 from resonance.messages import _
 from resonance.passthrough import FALSE_WORDS
-from resonance.ranks import FAILURE_FILE, ranks
+from resonance.ranks import FAILURE_FILE, Ranks, ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def leave(code: int) -> NoReturn:
     One of several does without the rest of Python's clean-up. A thread of gloo may be freeing a tensor just then, which
     takes the interpreter's lock; Python ends such a thread, and C++ the process with SIGABRT (torch 2.13, rarely).
     """
-    if not ranks().launched:
+    if not _told_ranks().launched:
         sys.exit(code)
     atexit._run_exitfuncs()  # of W&B, of loaders
     with contextlib.suppress(OSError):
@@ -89,9 +89,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _told_ranks() -> Ranks:
+    """`ranks`, for what must work where the variables say nothing sensible: that they do may be the error to report."""
+    try:
+        return ranks()
+    except ConfigError:
+        return Ranks()
+
+
 def report_error(error: ResonanceError) -> int:
     """Say it and return the exit code. Of several processes, the one that has the error says it."""
-    mine = ranks()
+    mine = _told_ranks()
     text = str(error) if isinstance(error, Interrupted) else _("Error: {message}").format(message=error)
     silent = isinstance(error, ElsewhereError) or (isinstance(error, Interrupted) and not mine.main)
     # Before anything is trained the launcher has more to say about a signal: whether it starts all again.

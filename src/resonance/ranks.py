@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from resonance.errors import ConfigError
+from resonance.messages import _
+
 FAILURE_FILE = (
     "RESONANCE_FAILURE_FILE"  # environment: where a process leaves the exit code of a failure that would repeat
 )
@@ -36,20 +39,20 @@ class Ranks:
 
 
 def ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Of this process; alone where nothing says otherwise."""
+    """Of this process; alone where nothing says otherwise. Raises ConfigError where a variable is no number."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Ranks(
-            int(environment["RANK"]),
-            int(environment["WORLD_SIZE"]),
-            int(environment.get("LOCAL_RANK", 0)),
-            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            _number(environment, "RANK"),
+            _number(environment, "WORLD_SIZE"),
+            _number(environment, "LOCAL_RANK", 0),
+            _number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
             launched=True,
         )
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:  # inside srun
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:  # inside srun
         return Ranks(
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment.get("SLURM_LOCALID", 0)),
+            _number(environment, "SLURM_PROCID"),
+            _number(environment, "SLURM_STEP_NUM_TASKS"),
+            _number(environment, "SLURM_LOCALID", 0),
             launched=True,
         )
     return Ranks()
@@ -63,8 +66,24 @@ def meeting_point(environment: Mapping[str, str] = os.environ) -> dict[str, str]
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
         found["MASTER_ADDR"] = first_host(nodes) or "127.0.0.1"
     if "MASTER_PORT" not in environment:
-        found["MASTER_PORT"] = str(PORT_BASE + int(environment.get("SLURM_JOB_ID", 0)) % PORT_RANGE)
+        found["MASTER_PORT"] = str(PORT_BASE + _number(environment, "SLURM_JOB_ID", 0) % PORT_RANGE)
     return {name: value for name, value in found.items() if environment.get(name) != value}
+
+
+def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    found = environment.get(name, "")
+    if re.fullmatch(r"\d{1,9}", found, re.ASCII):
+        return int(found)
+    if not found:
+        return default
+    raise ConfigError(
+        [
+            _(
+                "{name} is “{found}” in the environment; programs that start several processes set it to a number. Remove it: "
+                "unset {name}"
+            ).format(name=name, found=found[:100])
+        ]
+    )
 
 
 def first_host(nodes: str) -> str:

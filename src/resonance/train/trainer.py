@@ -185,7 +185,9 @@ class WhisperTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         """All weights where the processes hold a part each (ZeRO-3, FSDP), else None. To be called by all of them."""
         # Where nothing was trained, they lie as they were loaded. FSDP divides the model itself, DeepSpeed wraps it.
         by_fsdp = self.is_fsdp_enabled and isinstance(self.model, torch.distributed.fsdp.FSDPModule)
-        by_deepspeed = self.is_deepspeed_enabled and is_deepspeed_zero3_enabled() and self.model_wrapped is not self.model
+        by_deepspeed = (
+            self.is_deepspeed_enabled and is_deepspeed_zero3_enabled() and self.model_wrapped is not self.model
+        )
         if not by_fsdp and not by_deepspeed:
             return None
         state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
