@@ -12,24 +12,35 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import psutil
 import pytest
+from starlette.requests import Request
 
 from resonance.config_serve import ServeConfig
 from resonance.data.audio import read_audio
 from resonance.demo import SPEAKER
-from resonance.errors import MissingExtraError
-from resonance.serve import ray_app
+from resonance.errors import DataError, MissingExtraError, ModelError, ResonanceError
+from resonance.serve import ray_app, remote_service
+from resonance.serve.app import failed
+from resonance.serve.faults import ServiceError
+from resonance.serve.remote_service import RemoteService
+from resonance.serve.replica import Mistake, mark
 from resonance.serve.tokens import TokenFile
+from resonance.transcribe.mixed_engine import load_mixed
+
+sys.path.insert(0, str(Path(__file__).parent))
+from serving import request, running, service_of
 
 CLIP = SPEAKER / "audio" / "close_the_door_1.opus"
 PEOPLE = [f"p{i}" for i in range(8)]
@@ -65,6 +76,72 @@ def test_paths_are_whole_before_they_go_to_other_processes(tmp_path: Path, monke
     assert away.tokens is not None and away.tokens.is_absolute()
 
 
+def test_an_error_of_a_copy_is_told_as_one_of_the_same_process() -> None:
+    request = Request({"type": "http", "state": {"request_id": "1"}, "headers": []})
+    pending, found = [DataError, ModelError], set[type[ResonanceError]]()
+    while pending:
+        found.add(kind := pending.pop())
+        pending += kind.__subclasses__()
+    for kind in sorted(found, key=lambda kind: kind.__name__):
+        error = kind("what is wrong")
+        here, there = failed(request, error), failed(request, Mistake.of(error).error())
+        assert (there.status_code, there.body) == (here.status_code, here.body), kind
+    assert {failed(request, kind("")).status_code for kind in found} == {400, 422, 500, 503}
+
+
+@dataclass
+class Asked:
+    """Stands in for the copies: each time it is asked, the next of `ends` comes out."""
+
+    ends: list[Any]
+    seconds: list[float] = field(default_factory=list)
+
+    def options(self, **_given: Any) -> Asked:
+        return self
+
+    def remote(self, _request: Any, seconds: float) -> Asked:
+        self.seconds.append(seconds)
+        return self
+
+    def __await__(self) -> Iterator[Any]:
+        yield from asyncio.sleep(0.05).__await__()
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def asked(*ends: Any) -> tuple[Any, list[float]]:
+    """What comes of a request, and the seconds that each copy was given."""
+    copies = Asked([*ends])
+    service = RemoteService(settings(), copies, None, bytes(32))
+    service._loaded = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_service, "_lost_copy", lambda: LookupError("copy_lost"))
+        try:
+            found = asyncio.run(service.transcribe(request(np.zeros(160, np.float32), "anna")))
+        except LookupError as error:
+            return str(error), copies.seconds
+    return found, copies.seconds
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own use of pydantic
+def test_another_copy_is_asked_only_where_one_has_died_over_the_request_and_only_once() -> None:
+    exceptions = pytest.importorskip("ray.exceptions", reason="Ray is not installed")
+    died, away = exceptions.ActorDiedError(), exceptions.ActorUnavailableError("no answer", None)
+    answer, seconds = asked(died, "text")
+    assert answer == "text" and len(seconds) == 2 and seconds[1] < seconds[0] - 0.04  # not the whole time again
+    assert asked(died, died, "text")[0] == "copy_lost"  # a recording that kills copies does not get the third
+    answer, seconds = asked(away, "text")  # it may be at work on it
+    assert answer == "copy_lost" and len(seconds) == 1
+
+
+def test_ray_is_told_marks_that_are_no_ids_and_others_at_each_start() -> None:
+    marks = {mark(person, key) for person in PEOPLE for key in (bytes(32), bytes([1] * 32))}
+    assert len(marks) == 2 * len(PEOPLE) and mark("p0", bytes(32)) == mark("p0", bytes(32))
+    assert all(re.fullmatch("[0-9a-f]{24}", each) for each in marks)
+
+
 @dataclass
 class Cluster:
     """The service while it runs."""
@@ -74,6 +151,7 @@ class Cluster:
     address: str
     adapters: Path
     clip: bytes
+    others: set[Path]  # folders of Ray that were there before
 
     def ask(self, person: str | None, **form: str) -> httpx.Response:
         form = {"skip_nonspeech": "false", **form} | ({"patient_id": person} if person else {})
@@ -82,6 +160,10 @@ class Cluster:
     def copies(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "ServeReplica:resonance:models" in title(child)]
+
+    def processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
 
     def figures(self, name: str) -> dict[str, float]:
         """A figure of each copy."""
@@ -124,6 +206,8 @@ def cluster(
     command += ["--temperature_increment_on_fallback=0", "--device=cpu", "--refresh_seconds=600", "--drain_seconds=5"]
     command += ["--max_upload_mb=2", "--batch_size=4"]
     environment = {**os.environ, "RAY_ADDRESS": "", "RESONANCE_LANG": "en"}
+    places = (ray_app.SHARED_MEMORY, Path(tempfile.gettempdir()))
+    others = {found for place in places for found in place.glob("resonance-ray-*")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
@@ -138,9 +222,9 @@ def cluster(
         found = re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))
         assert found, "".join(lines) + (folder / "log").read_text()[-3000:]
         with httpx.Client(base_url=found[0], headers={"Authorization": f"Bearer {secret}"}, timeout=120) as http:
-            running = Cluster(process, http, found[0], folder / "adapters", CLIP.read_bytes())
-            running.wait(lambda: http.get("/health").status_code == 200)
-            yield running
+            started = Cluster(process, http, found[0], folder / "adapters", CLIP.read_bytes(), others)
+            started.wait(lambda: http.get("/health").status_code == 200)
+            yield started
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -210,10 +294,12 @@ def test_refusals_formats_and_events_are_those_of_one_process(cluster: Cluster) 
 def test_a_client_that_leaves_is_taken_out_of_the_copy(cluster: Cluster) -> None:
     time.sleep(6)  # until the front has asked for figures again
     before = sum(cluster.figures("dropped_windows_total").values())
-    for _ in range(20):
+    for i in range(40):  # some leave while it is read, some before it is decoded, and some get their answer
         with contextlib.suppress(httpx.TimeoutException):
             slow = {"num_beams": "5", "skip_nonspeech": "false", "patient_id": "p5"}
-            cluster.http.post("/transcribe", data=slow, files={"file": ("a.opus", cluster.clip)}, timeout=0.05)
+            cluster.http.post(
+                "/transcribe", data=slow, files={"file": ("a.opus", cluster.clip)}, timeout=0.03 * (1 + i % 10)
+            )
     cluster.wait(lambda: sum(cluster.figures("dropped_windows_total").values()) > before)
     assert not cluster.figures("failed_windows_total") or not sum(cluster.figures("failed_windows_total").values())
     assert cluster.ask("p5").status_code == 200
@@ -237,6 +323,49 @@ def test_what_ray_has_no_room_for_stays_in_memory(cluster: Cluster) -> None:
     (raylet,) = (words for process in started if "raylet/raylet" in (words := title(process)))
     places = re.findall(r"--(?:plasma|fallback)_directory=(\S+)", raylet)
     assert len(places) == 2 and all(place.startswith("/dev/shm") for place in places)
+
+
+def test_nobody_else_is_let_into_ray(cluster: Cluster) -> None:
+    """Who is could run programs here. The ports between front and copies are open to all networks: they ask for the token."""
+    import grpc
+
+    local, open_to_all = set[int](), set[int]()
+    for process in cluster.processes():
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                address = connection.laddr.ip.removeprefix("::ffff:")
+                (local if address in ("127.0.0.1", "::1") else open_to_all).add(connection.laddr.port)
+                assert address in ("127.0.0.1", "::1") or "ServeReplica" in title(process), title(process)
+    assert len(local) > 5 and len(open_to_all) == COPIES + 1
+    for port in open_to_all:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"", timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.skipif(not ray_app.SHARED_MEMORY.is_dir(), reason="Ray's own folder is used here")
+def test_ray_s_figures_name_nobody_and_its_logs_are_for_this_user_alone(cluster: Cluster) -> None:
+    for person in PEOPLE:
+        assert cluster.ask(person).status_code == 200
+    (agent,) = (process for process in cluster.processes() if "DashboardAgent" in title(process))
+    ports = {each.laddr.port for each in agent.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+
+    def figures() -> str:
+        found = ""
+        for port in ports:
+            with contextlib.suppress(httpx.HTTPError):
+                found += httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        return found if 'model_id="' in found else ""
+
+    text = cluster.wait(figures)
+    models = set(re.findall(r'model_id="([^"]*)"', text))
+    assert models and all(re.fullmatch("[0-9a-f]{24}", model) for model in models)
+    (raylet,) = (words for process in cluster.processes() if "raylet/raylet" in (words := title(process)))
+    found = re.search(r"--temp_dir=(\S+)", raylet) or re.search(r"--temp-dir=(\S+)", raylet)
+    assert found, raylet
+    assert Path(found[1]).parent.stat().st_mode & 0o077 == 0
 
 
 def test_a_microphone_is_heard_through_ray(cluster: Cluster) -> None:
@@ -297,6 +426,32 @@ def test_an_adapter_of_another_model_is_refused_through_ray(
     assert cluster.ask("p4").json()["adapter"]["fingerprint"] == fingerprint(cluster.adapters / "p4")
 
 
+def test_adapters_that_cannot_be_used_are_refused_as_without_ray(
+    cluster: Cluster, openai_shaped: Path, tiny_model: Path, make_adapter: Callable[..., Path]
+) -> None:
+    make_adapter(cluster.adapters / "foreign", base=tiny_model)
+    damaged = make_adapter(cluster.adapters / "damaged", base=openai_shaped) / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    make_adapter(cluster.adapters / "torn", base=openai_shaped)
+    (cluster.adapters / "torn" / "current").write_text("../damaged\n")
+
+    async def alone(person: str) -> tuple[int, dict[str, Any]]:
+        async with running(service_of(load_mixed(str(openai_shaped), device="cpu"), cluster.adapters)) as service:
+            with pytest.raises(ServiceError) as caught:
+                await service.transcribe(request(read_audio(CLIP), person))
+            return caught.value.status, caught.value.body
+
+    for person in ("foreign", "damaged", "torn"):
+        answer = cluster.ask(person)
+        assert (answer.status_code, answer.json()) == asyncio.run(alone(person))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_unusable")
+    for method, place in (("POST", "/rollback"), ("GET", ""), ("DELETE", "")):
+        torn = cluster.http.request(method, f"/patients/torn/adapter{place}")
+        assert torn.status_code == (200 if method == "DELETE" else 422), torn.text
+    back = cluster.http.post("/patients/damaged/adapter/rollback", json={})
+    assert (back.status_code, back.json()["error"]["code"]) == (409, "no_older_version")
+
+
 def test_a_copy_that_is_killed_is_replaced_and_nobody_gets_anything_but_an_answer_or_503(cluster: Cluster) -> None:
     before = {copy.pid for copy in cluster.copies()}
     assert len(before) == COPIES
@@ -325,4 +480,5 @@ def test_sigterm_ends_all_of_it(cluster: Cluster) -> None:
     assert cluster.process.wait(60) == 0
     _gone, alive = psutil.wait_procs(started, timeout=20)
     assert not alive, [title(process) for process in alive]
-    assert not list(ray_app.SHARED_MEMORY.glob("resonance-ray-*"))
+    for folder in (ray_app.SHARED_MEMORY, Path(tempfile.gettempdir())):
+        assert not {*folder.glob("resonance-ray-*")} - cluster.others
