@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import ipaddress
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +21,12 @@ import yaml
 from resonance.config_io import parse
 from resonance.config_serve import ServeConfig
 from resonance.config_types import memory_bytes
+from resonance.serve.command import KEEP_ALIVE_SECONDS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 MEGABYTE = 1_000_000
+MOST_EXPOSURE = 1.5  # of systemd's points from 0 to 10: a service without any setting has 9.6
+KUBERNETES = ("1.27", "1.37")  # the oldest and the newest that kubernetes-validate 1.37 has
 PROBES = {"/health", "/ready"}
 
 
@@ -123,6 +131,19 @@ def test_compose_starts_what_the_container_file_builds() -> None:
     assert "./nginx.conf:/etc/nginx/conf.d/default.conf:ro" in proxy["volumes"]
 
 
+def test_compose_keeps_to_its_specification() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("check_jsonschema", reason="the schema is in check-jsonschema: requirements-dev.txt")
+    place = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    jsonschema.validate(yaml.safe_load(text("compose.yaml")), json.loads(place.read_text(encoding="utf-8")))
+
+
+def test_compose_gives_nginx_the_time_that_the_service_has() -> None:
+    """It is stopped first, because it needs the service, and would cut off the answers that pass through it."""
+    services = yaml.safe_load(text("compose.yaml"))["services"]
+    assert services["nginx"]["stop_grace_period"] == services["resonance"]["stop_grace_period"]
+
+
 # systemd
 
 
@@ -152,6 +173,32 @@ def test_the_unit_starts_the_service_and_lets_it_write_only_in_its_own_folders()
     assert config.tokens is not None and Path(environment["RESONANCE_HOME"]) == config.tokens.parent
     assert config.audit_log is not None and str(config.audit_log.parent) in own
     assert config.host in config.trusted_proxies  # nginx on the same machine
+
+
+@pytest.fixture
+def systemd_analyze(tmp_path: Path) -> tuple[str, Path]:
+    """The program, and the unit with a program in ExecStart that is there."""
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("no systemd-analyze here")
+    here = tmp_path / "resonance.service"
+    here.write_text(text("resonance.service").replace("/opt/resonance/.venv/bin/resonance", sys.executable))
+    return program, here
+
+
+def test_systemd_reads_the_unit_without_a_complaint(systemd_analyze: tuple[str, Path]) -> None:
+    program, here = systemd_analyze
+    found = subprocess.run([program, "verify", "--man=no", str(here)], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_systemd_finds_little_that_the_unit_leaves_open(systemd_analyze: tuple[str, Path]) -> None:
+    program, here = systemd_analyze
+    command = [program, "security", "--offline=yes", f"--threshold={MOST_EXPOSURE * 10:.0f}", "--no-pager", str(here)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized option" in found.stderr:
+        pytest.skip("this systemd-analyze is too old to judge a unit that does not run (before 250)")
+    assert found.returncode == 0, found.stdout[-300:] + found.stderr
 
 
 # Kubernetes
@@ -188,6 +235,21 @@ def test_the_pod_runs_the_service_and_is_asked_where_it_answers(objects: dict[st
     assert bytes_of(box["resources"]["limits"]["memory"]) > memory_bytes(config.adapter_memory)
     threads = {item["name"]: item["value"] for item in box["env"]}["OMP_NUM_THREADS"]
     assert threads == str(box["resources"]["limits"]["cpu"])
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_kubernetes_knows_every_field(objects: dict[str, list[dict[str, Any]]], version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="requirements-dev.txt has kubernetes-validate")
+    kinds = [item for items in objects.values() for item in items]
+    assert len(kinds) >= 4
+    for item in kinds:
+        validator.validate(item, version, strict=True)
+    kinds[0]["spec"]["misspelt"] = 1
+    try:
+        with pytest.raises(validator.ValidationError):
+            validator.validate(kinds[0], version, strict=True)
+    finally:
+        del kinds[0]["spec"]["misspelt"]
 
 
 def test_the_pod_is_closed_and_its_folders_are_there(objects: dict[str, list[dict[str, Any]]]) -> None:
@@ -278,6 +340,7 @@ def test_nginx_lets_through_what_the_service_takes() -> None:
             assert seconds(place.value("proxy_read_timeout", server)[0]) > config.deadline_seconds
     (upstream,) = (block for block in nginx().blocks if block.name[0] == "upstream")
     assert upstream.settings["server"] == (f"resonance:{config.port}",)
+    assert seconds(upstream.settings["keepalive_timeout"][0]) < KEEP_ALIVE_SECONDS
     assert places["location", "/"].settings["proxy_pass"] == (f"http://{upstream.name[1]}",)
 
 

@@ -65,7 +65,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             in (
                 *("source", "export", "tensorboard", "hf", "make", "git", "cd", "pip", "aws"),
                 *("torchrun", "accelerate", "deepspeed", "srun", "DS_BUILD_OPS=0"),
-                *("mkdir", "cp", "zip", "arecord", "curl", "sudo", "docker", "kubectl", "ray"),
+                *("mkdir", "cp", "zip", "arecord", "curl", "sudo", "docker", "kubectl", "ray", "umask"),
             )
             or (ROOT / words[0]).is_file()
         )

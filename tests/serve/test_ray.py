@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,45 +25,21 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from resonance.config_serve import ServeConfig
 from resonance.data.audio import read_audio
 from resonance.demo import SPEAKER
-from resonance.errors import MissingExtraError
 from resonance.serve import ray_app
+from resonance.serve.faults import ServiceError
 from resonance.serve.tokens import TokenFile
+from resonance.transcribe.mixed_engine import load_mixed
+
+sys.path.insert(0, str(Path(__file__).parent))
+from serving import request, running, service_of
 
 CLIP = SPEAKER / "audio" / "close_the_door_1.opus"
 PEOPLE = [f"p{i}" for i in range(8)]
 COPIES = 2
 START_SECONDS = 180.0
 SAID = re.compile(r'resonance_(\w+)\{[^}]*copy="(\w+)"[^}]*\} (\S+)')
-
-
-def settings(**given: Any) -> ServeConfig:
-    return ServeConfig.model_validate({"model": "somebody/whisper", "engine": "ray", **given})
-
-
-def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=re.escape('pip install "resonance-asr[ray]"')):
-        ray_app.serve_with_ray(settings())
-
-
-def test_copies_come_and_go_only_where_the_settings_leave_room() -> None:
-    assert ray_app.scaling(settings(min_replicas=3)) == {"num_replicas": 3}
-    wanted = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 16}
-    assert ray_app.scaling(settings(max_replicas=4)) == {"autoscaling_config": wanted}
-
-
-def test_paths_are_whole_before_they_go_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    found = ray_app.settled(settings(model="model", adapters="voices", tokens="tokens.json"))
-    assert (found.model, found.adapters) == (str(tmp_path / "model"), tmp_path / "voices")
-    assert found.tokens == tmp_path / "tokens.json" and found.audit_log is None
-    away = ray_app.settled(settings(adapters="s3://bucket/voices"))
-    assert (away.model, away.adapters) == ("somebody/whisper", "s3://bucket/voices")
-    assert away.tokens is not None and away.tokens.is_absolute()
 
 
 @dataclass
@@ -74,6 +51,7 @@ class Cluster:
     address: str
     adapters: Path
     clip: bytes
+    others: set[Path]  # folders of Ray that were there before
 
     def ask(self, person: str | None, **form: str) -> httpx.Response:
         form = {"skip_nonspeech": "false", **form} | ({"patient_id": person} if person else {})
@@ -82,6 +60,10 @@ class Cluster:
     def copies(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "ServeReplica:resonance:models" in title(child)]
+
+    def processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
 
     def figures(self, name: str) -> dict[str, float]:
         """A figure of each copy."""
@@ -124,6 +106,8 @@ def cluster(
     command += ["--temperature_increment_on_fallback=0", "--device=cpu", "--refresh_seconds=600", "--drain_seconds=5"]
     command += ["--max_upload_mb=2", "--batch_size=4"]
     environment = {**os.environ, "RAY_ADDRESS": "", "RESONANCE_LANG": "en"}
+    places = (ray_app.SHARED_MEMORY, Path(tempfile.gettempdir()))
+    others = {found for place in places for found in place.glob("resonance-ray-*")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
@@ -138,9 +122,9 @@ def cluster(
         found = re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))
         assert found, "".join(lines) + (folder / "log").read_text()[-3000:]
         with httpx.Client(base_url=found[0], headers={"Authorization": f"Bearer {secret}"}, timeout=120) as http:
-            running = Cluster(process, http, found[0], folder / "adapters", CLIP.read_bytes())
-            running.wait(lambda: http.get("/health").status_code == 200)
-            yield running
+            started = Cluster(process, http, found[0], folder / "adapters", CLIP.read_bytes(), others)
+            started.wait(lambda: http.get("/health").status_code == 200)
+            yield started
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -210,10 +194,12 @@ def test_refusals_formats_and_events_are_those_of_one_process(cluster: Cluster) 
 def test_a_client_that_leaves_is_taken_out_of_the_copy(cluster: Cluster) -> None:
     time.sleep(6)  # until the front has asked for figures again
     before = sum(cluster.figures("dropped_windows_total").values())
-    for _ in range(20):
+    for i in range(40):  # some leave while it is read, some before it is decoded, and some get their answer
         with contextlib.suppress(httpx.TimeoutException):
             slow = {"num_beams": "5", "skip_nonspeech": "false", "patient_id": "p5"}
-            cluster.http.post("/transcribe", data=slow, files={"file": ("a.opus", cluster.clip)}, timeout=0.05)
+            cluster.http.post(
+                "/transcribe", data=slow, files={"file": ("a.opus", cluster.clip)}, timeout=0.03 * (1 + i % 10)
+            )
     cluster.wait(lambda: sum(cluster.figures("dropped_windows_total").values()) > before)
     assert not cluster.figures("failed_windows_total") or not sum(cluster.figures("failed_windows_total").values())
     assert cluster.ask("p5").status_code == 200
@@ -237,6 +223,49 @@ def test_what_ray_has_no_room_for_stays_in_memory(cluster: Cluster) -> None:
     (raylet,) = (words for process in started if "raylet/raylet" in (words := title(process)))
     places = re.findall(r"--(?:plasma|fallback)_directory=(\S+)", raylet)
     assert len(places) == 2 and all(place.startswith("/dev/shm") for place in places)
+
+
+def test_nobody_else_is_let_into_ray(cluster: Cluster) -> None:
+    """Who is could run programs here. The ports between front and copies are open to all networks: they ask for the token."""
+    import grpc
+
+    local, open_to_all = set[int](), set[int]()
+    for process in cluster.processes():
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                address = connection.laddr.ip.removeprefix("::ffff:")
+                (local if address in ("127.0.0.1", "::1") else open_to_all).add(connection.laddr.port)
+                assert address in ("127.0.0.1", "::1") or "ServeReplica" in title(process), title(process)
+    assert len(local) > 5 and len(open_to_all) == COPIES + 1
+    for port in open_to_all:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"", timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.skipif(not ray_app.SHARED_MEMORY.is_dir(), reason="Ray's own folder is used here")
+def test_ray_s_figures_name_nobody_and_its_logs_are_for_this_user_alone(cluster: Cluster) -> None:
+    for person in PEOPLE:
+        assert cluster.ask(person).status_code == 200
+    (agent,) = (process for process in cluster.processes() if "DashboardAgent" in title(process))
+    ports = {each.laddr.port for each in agent.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+
+    def figures() -> str:
+        found = ""
+        for port in ports:
+            with contextlib.suppress(httpx.HTTPError):
+                found += httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        return found if 'model_id="' in found else ""
+
+    text = cluster.wait(figures)
+    models = set(re.findall(r'model_id="([^"]*)"', text))
+    assert models and all(re.fullmatch("[0-9a-f]{24}", model) for model in models)
+    (raylet,) = (words for process in cluster.processes() if "raylet/raylet" in (words := title(process)))
+    found = re.search(r"--temp_dir=(\S+)", raylet) or re.search(r"--temp-dir=(\S+)", raylet)
+    assert found, raylet
+    assert Path(found[1]).parent.stat().st_mode & 0o077 == 0
 
 
 def test_a_microphone_is_heard_through_ray(cluster: Cluster) -> None:
@@ -297,6 +326,32 @@ def test_an_adapter_of_another_model_is_refused_through_ray(
     assert cluster.ask("p4").json()["adapter"]["fingerprint"] == fingerprint(cluster.adapters / "p4")
 
 
+def test_adapters_that_cannot_be_used_are_refused_as_without_ray(
+    cluster: Cluster, openai_shaped: Path, tiny_model: Path, make_adapter: Callable[..., Path]
+) -> None:
+    make_adapter(cluster.adapters / "foreign", base=tiny_model)
+    damaged = make_adapter(cluster.adapters / "damaged", base=openai_shaped) / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    make_adapter(cluster.adapters / "torn", base=openai_shaped)
+    (cluster.adapters / "torn" / "current").write_text("../damaged\n")
+
+    async def alone(person: str) -> tuple[int, dict[str, Any]]:
+        async with running(service_of(load_mixed(str(openai_shaped), device="cpu"), cluster.adapters)) as service:
+            with pytest.raises(ServiceError) as caught:
+                await service.transcribe(request(read_audio(CLIP), person))
+            return caught.value.status, caught.value.body
+
+    for person in ("foreign", "damaged", "torn"):
+        answer = cluster.ask(person)
+        assert (answer.status_code, answer.json()) == asyncio.run(alone(person))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_unusable")
+    for method, place in (("POST", "/rollback"), ("GET", ""), ("DELETE", "")):
+        torn = cluster.http.request(method, f"/patients/torn/adapter{place}")
+        assert torn.status_code == (200 if method == "DELETE" else 422), torn.text
+    back = cluster.http.post("/patients/damaged/adapter/rollback", json={})
+    assert (back.status_code, back.json()["error"]["code"]) == (409, "no_older_version")
+
+
 def test_a_copy_that_is_killed_is_replaced_and_nobody_gets_anything_but_an_answer_or_503(cluster: Cluster) -> None:
     before = {copy.pid for copy in cluster.copies()}
     assert len(before) == COPIES
@@ -325,4 +380,5 @@ def test_sigterm_ends_all_of_it(cluster: Cluster) -> None:
     assert cluster.process.wait(60) == 0
     _gone, alive = psutil.wait_procs(started, timeout=20)
     assert not alive, [title(process) for process in alive]
-    assert not list(ray_app.SHARED_MEMORY.glob("resonance-ray-*"))
+    for folder in (ray_app.SHARED_MEMORY, Path(tempfile.gettempdir())):
+        assert not {*folder.glob("resonance-ray-*")} - cluster.others

@@ -5,7 +5,9 @@ a person's requests to the replica that says it has their adapter. Ray's own bat
 adapter, and mixing them is what makes a replica fast.
 
 What is sent stays in memory: what Ray's object store has no room for goes to another folder of shared memory, not to disk
-(`cluster`; on Linux, elsewhere there is no such folder).
+(`cluster`; on Linux, elsewhere there is no such folder). Ray's processes run whatever they are sent: those that are started
+here ask each other for a token that nobody else has, and listen on 127.0.0.1 alone. All but the copies and the front: for
+them Ray has no setting, and it is the token alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -45,6 +48,9 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # copies without a share of a GPU are not told that there is none
     "GRPC_VERBOSITY": "ERROR",
 }
+# Where Ray is started here. It would listen on all addresses of the machine; this, which Ray has for other systems, is its
+# only way to stay on 127.0.0.1.
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the audit log has who asked for what
 
 
@@ -58,7 +64,8 @@ def serve_with_ray(config: ServeConfig) -> int:
     ray.init(logging_level="warning", **cluster(config))
     before = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]  # Ray sets its own
     try:
-        serve.start(http_options={"host": config.host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
+        # On the first machine, where the front is: elsewhere it would be one more open port, and a longer way.
+        serve.start(http_options={"host": config.host, "port": port}, proxy_location="HeadOnly", logging_config=QUIET)
         print(
             _("Starting {count} copies of {model} with Ray …").format(count=config.min_replicas, model=config.model),
             flush=True,
@@ -103,13 +110,15 @@ def cluster(config: ServeConfig) -> dict[str, Any]:
     shared = max(256, round(OBJECT_STORE_UPLOADS * config.max_upload_mb))
     alone = {"address": "local", "include_dashboard": False, "object_store_memory": shared * MEBIBYTE}
     if SHARED_MEMORY.is_dir():
-        alone |= {"_plasma_directory": str(SHARED_MEMORY), "object_spilling_directory": str(overflow())}
+        alone |= {"_plasma_directory": str(SHARED_MEMORY), "object_spilling_directory": str(own_folder(SHARED_MEMORY))}
+        # Its logs have what the copies and the front print, patients' ids among it. Ray lets everybody into `_temp_dir`.
+        alone["_temp_dir"] = str(own_folder(Path(tempfile.gettempdir())) / "ray")
     return alone
 
 
-def overflow() -> Path:
-    """A folder in shared memory. It goes when the process ends."""
-    folder = tempfile.mkdtemp(prefix="resonance-ray-", dir=SHARED_MEMORY)
+def own_folder(where: Path) -> Path:
+    """A new folder that only this user can enter. It goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="resonance-ray-", dir=where)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
@@ -128,7 +137,12 @@ def why(serve: Any) -> str:
 
 
 def import_ray() -> tuple[Any, Any]:
-    for name, value in ENVIRONMENT.items():
+    wanted = (
+        ENVIRONMENT
+        if os.environ.get("RAY_ADDRESS")
+        else ENVIRONMENT | ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    )
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -157,10 +171,12 @@ def application(serve: Any, config: ServeConfig) -> Any:
         **drain,
     )
 
+    key = secrets.token_bytes(32)
+
     def front() -> Any:
         from resonance.serve.ray_front import build
 
-        return build(config, serve.get_deployment_handle(MODELS, app_name=APP))
+        return build(config, serve.get_deployment_handle(MODELS, app_name=APP), key)
 
     routes = serve.deployment(
         serve.ingress(front)(),
@@ -172,15 +188,15 @@ def application(serve: Any, config: ServeConfig) -> Any:
         logging_config=QUIET,
         **drain,
     )
-    return routes.bind(models.bind(config))
+    return routes.bind(models.bind(config, key))
 
 
 def multiplexed(serve: Any, adapters: int) -> type:
-    """`Replica`, of which Ray knows whose adapters it has."""
+    """`Replica`, of which Ray knows whose adapters it has, by their `mark`."""
 
     @serve.multiplexed(max_num_models_per_replica=adapters)  # type: ignore[untyped-decorator]
-    async def hold(self: Replica, patient: str) -> str:
-        return patient
+    async def hold(self: Replica, mark: str) -> str:
+        return mark
 
     return type("Model", (Replica,), {"hold": hold})
 

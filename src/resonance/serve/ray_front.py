@@ -15,11 +15,11 @@ from resonance.serve.service import Service
 from resonance.serve.store import AdapterStore
 
 
-def build(config: ServeConfig, copies: Any) -> Any:
-    """The ASGI application."""
+def build(config: ServeConfig, copies: Any, key: bytes) -> Any:
+    """The ASGI application. key: what the copies were given, for `mark`."""
     store = None if config.adapters is None else AdapterStore(config.adapters)
     # It has all of `Service` that the routes use; tests go through every route.
-    service = cast(Service, RemoteService(config, copies, store))
+    service = cast(Service, RemoteService(config, copies, store, key))
     app = create_app(service, Auth.from_config(config), config)
     if config.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=config.trusted_proxies)

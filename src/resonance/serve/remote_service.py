@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from resonance.messages import _
 from resonance.model.load import load_tokenizer
 from resonance.serve.faults import ServiceError
 from resonance.serve.front_metrics import FrontMetrics
-from resonance.serve.replica import About, Mistake, Refusal, packed
+from resonance.serve.replica import About, Mistake, Refusal, mark, packed
 from resonance.serve.service import State
 from resonance.serve.speech import Answer, SpeechRequest
 from resonance.serve.store import AdapterStore, VersionInfo
@@ -26,19 +26,21 @@ ASK_SECONDS = 5.0  # between two questions to the copies, whether they are there
 RETRY_SECONDS = 5
 CHANGE_SECONDS = 120.0  # for an adapter to be checked and stored
 GRACE_SECONDS = 5.0  # after a deadline, for the copy to say so itself
-ATTEMPTS = 3  # copies that are asked, where one dies over the request
+ATTEMPTS = (
+    2  # copies that are asked, where one dies over the request: a recording that kills them must not have them all
+)
 
 
 class RemoteService:
     """As `Service`, for the routes. Belongs to one event loop.
 
-    copies: Ray's handle on the deployment of `Replica`; store: the adapters that the copies read.
+    copies: Ray's handle on the deployment of `Replica`; store: the adapters that the copies read; key: that of `mark`.
     """
 
-    def __init__(self, config: ServeConfig, copies: Any, store: AdapterStore | None) -> None:
+    def __init__(self, config: ServeConfig, copies: Any, store: AdapterStore | None, key: bytes) -> None:
         self.config, self.store, self.metrics = config, store, FrontMetrics()
         self.base_name, self.base_fingerprint = config.model, ""
-        self._copies = copies
+        self._copies, self._key = copies, key
         self._tokenizer: Any = None
         self._asking: asyncio.Task[None] | None = None
         self._loaded = False
@@ -91,7 +93,7 @@ class RemoteService:
         """Raises ServiceError."""
         self._refuse_unless_ready()
         answer: Answer = await self._call(
-            "transcribe", request.patient, request.deadline, request, _left(request.deadline)
+            "transcribe", request.patient, request.deadline, lambda: (request, _left(request.deadline))
         )
         return answer
 
@@ -109,7 +111,7 @@ class RemoteService:
                     yield piece
                 return
             except _lost() as error:
-                if begun or attempt + 1 == ATTEMPTS:  # what was sent cannot be taken back
+                if begun or attempt + 1 == ATTEMPTS or not _ended(error):  # what was sent cannot be taken back
                     raise _lost_copy() from error
             except _full() as error:
                 raise _too_much() from error
@@ -146,19 +148,31 @@ class RemoteService:
     async def _change(self, name: str, patient: str, *given: Any) -> Any:
         self._refuse_unless_ready()
         # Once: back twice would be too far.
-        found = await self._call(name, patient, time.monotonic() + CHANGE_SECONDS, patient, *given, attempts=1)
+        until = time.monotonic() + CHANGE_SECONDS
+        found = await self._call(name, patient, until, lambda: (patient, *given), attempts=1)
         with contextlib.suppress(Exception):  # a copy that does not hear of it looks by itself
             await self._all("changed", ASK_SECONDS, patient)
         return found
 
-    async def _call(self, name: str, patient: str | None, until: float, *given: Any, attempts: int = ATTEMPTS) -> Any:
-        """The answer of a copy, preferably of one that has the patient's adapter. Another is asked where one dies over it."""
+    async def _call(
+        self,
+        name: str,
+        patient: str | None,
+        until: float,
+        given: Callable[[], tuple[Any, ...]],
+        attempts: int = ATTEMPTS,
+    ) -> Any:
+        """The answer of a copy, preferably of one that has the patient's adapter. Another is asked where one dies over it,
+        and only then: one that is slow, or out of reach, may be at work on it.
+
+        given: makes what the copy is given, at the time that it is asked.
+        """
         for attempt in range(attempts):
-            response = self._method(name, patient).remote(*given)
+            response = self._method(name, patient).remote(*given())
             try:
                 answer = await asyncio.wait_for(_answer(response), _left(until) + GRACE_SECONDS)
             except _lost() as error:
-                if attempt + 1 == attempts:
+                if attempt + 1 == attempts or not _ended(error):
                     raise _lost_copy() from error
             except _full() as error:
                 raise _too_much() from error
@@ -180,7 +194,8 @@ class RemoteService:
         raise AssertionError("unreachable")
 
     def _method(self, name: str, patient: str | None, *, stream: bool = False) -> Any:
-        return self._copies.options(method_name=name, multiplexed_model_id=patient or "", stream=stream)
+        model = "" if patient is None else mark(patient, self._key)
+        return self._copies.options(method_name=name, multiplexed_model_id=model, stream=stream)
 
     def _refuse_unless_ready(self) -> None:
         state = self.state
@@ -202,6 +217,13 @@ def _lost() -> tuple[type[Exception], ...]:
     from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
     return RayActorError, DeploymentUnavailableError, ReplicaUnavailableError
+
+
+def _ended(error: Exception) -> bool:
+    """Whether nothing is at work on the request any more: its copy has died, or never had it."""
+    from ray.exceptions import ActorUnavailableError
+
+    return not isinstance(error, ActorUnavailableError)
 
 
 def _full() -> type[Exception]:

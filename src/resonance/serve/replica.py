@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import tempfile
 import time
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from resonance.config_serve import ServeConfig
-from resonance.errors import DataError, ModelError, ResonanceError
+from resonance.errors import (
+    AdapterError,
+    AudioError,
+    DataError,
+    ModelError,
+    ResonanceError,
+    ShardError,
+    UnreachableError,
+)
 from resonance.serve.archives import unpack
 from resonance.serve.faults import ServiceError
 from resonance.serve.service import Service, create_service
@@ -49,14 +58,31 @@ class Refusal:
         )
 
 
+# What `create_app` tells apart, the narrower before the wider.
+KINDS: tuple[type[ResonanceError], ...] = (
+    AdapterError,
+    UnreachableError,
+    ShardError,
+    AudioError,
+    ModelError,
+    DataError,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """Settings that the model, or the data, cannot be decoded with: DataError and ModelError as a value."""
+    """DataError, ModelError and what they are the roots of, as a value."""
 
+    kind: int  # of KINDS
     message: str
 
+    @classmethod
+    def of(cls, error: DataError | ModelError) -> Mistake:
+        kind = next(i for i, kind in enumerate(KINDS) if isinstance(error, kind))
+        return cls(kind, str(error))
+
     def error(self) -> ResonanceError:
-        return DataError(self.message)
+        return KINDS[self.kind](self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +101,8 @@ class Replica:
     Times travel as seconds that are left, because every machine has a clock of its own.
     """
 
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        self.config = config
+    async def __init__(self, config: ServeConfig, key: bytes) -> None:  # type: ignore[misc]  # Ray awaits it
+        self.config, self.key = config, key
         self.held: set[str] = set()  # whose adapters have answered here
         self.name = uuid.uuid4().hex[:8]
         self.service: Service = create_service(config)
@@ -123,7 +149,7 @@ class Replica:
         except ServiceError as error:
             yield Refusal.of(error)
         except (DataError, ModelError) as error:
-            yield Mistake(str(error))
+            yield Mistake.of(error)
 
     async def check(self) -> Refusal | Mistake | None:
         return await _said(self.service.check())
@@ -134,8 +160,12 @@ class Replica:
             folder = Path(place) / "adapter"
             folder.mkdir()
             most = int(self.config.max_adapter_mb * MEGABYTE)
-            await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
-            return await _said(self.service.put_adapter(patient, folder))
+
+            async def put() -> VersionInfo:
+                await asyncio.to_thread(unpack, packed, folder, most, MOST_FILES)
+                return await self.service.put_adapter(patient, folder)
+
+            return await _said(put())
 
     async def roll_back(self, patient: str, version: str | None) -> VersionInfo | Refusal | Mistake:
         return await _said(self.service.roll_back(patient, version))
@@ -147,11 +177,16 @@ class Replica:
         """Let the front know whose adapter is here. Only now: before, nobody was admitted, and no deadline held."""
         if answer.voice is not None:
             self.held.add(answer.voice.patient)
-            await self.hold(answer.voice.patient)
+            await self.hold(mark(answer.voice.patient, self.key))
 
-    async def hold(self, patient: str) -> str:
+    async def hold(self, mark: str) -> str:
         """Overridden with Ray's bookkeeping of who holds what."""
-        return patient
+        return mark
+
+
+def mark(patient: str, key: bytes) -> str:
+    """What stands for a person's id with Ray, whose figures and logs name it. key: 32 bytes, another at each start."""
+    return hashlib.blake2b(patient.encode(), key=key, digest_size=12).hexdigest()
 
 
 async def _said(work: Awaitable[Given]) -> Given | Refusal | Mistake:
@@ -160,7 +195,7 @@ async def _said(work: Awaitable[Given]) -> Given | Refusal | Mistake:
     except ServiceError as error:
         return Refusal.of(error)
     except (DataError, ModelError) as error:
-        return Mistake(str(error))
+        return Mistake.of(error)
 
 
 def packed(folder: Path) -> bytes:

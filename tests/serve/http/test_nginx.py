@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -29,6 +31,7 @@ class Proxy:
     plain_port: int
     folder: Path
     trust: ssl.SSLContext
+    said: str  # by `nginx -t`
 
     def client(self, token: str) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {token}"}
@@ -41,12 +44,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def proxy(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+@contextlib.contextmanager
+def nginx_before(service: str, folder: Path) -> Iterator[Proxy]:
+    """nginx with our file in front of a service, host:port."""
     program = os.environ.get("RESONANCE_NGINX") or shutil.which("nginx")
     if not program or not shutil.which("openssl"):
         pytest.skip("no nginx here (or no openssl for its certificate)")
-    folder = tmp_path_factory.mktemp("nginx")
     certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={NAME}"]
     certificate += ["-addext", f"subjectAltName=DNS:{NAME}", "-keyout", "privkey.pem", "-out", "fullchain.pem"]
     subprocess.run(certificate, cwd=folder, check=True, capture_output=True)
@@ -55,7 +58,7 @@ def proxy(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
     for old, new in (
         ("listen 80;", f"listen 127.0.0.1:{plain_port};"),
         ("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;"),
-        ("resonance:8000", running.address.removeprefix("http://")),
+        ("resonance:8000", service),
         ("/etc/nginx/certs", str(folder)),
         ("/var/log/nginx", str(folder)),
     ):
@@ -70,7 +73,9 @@ def proxy(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
         f"http {{ access_log off; {places} include {folder}/site.conf; }}",
         encoding="utf-8",
     )
-    process = subprocess.Popen([program, "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")])
+    command = [program, "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+    tried = subprocess.run([*command, "-t"], capture_output=True, text=True)
+    process = subprocess.Popen(command)
     trust = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
     until = time.monotonic() + 20
     while True:
@@ -79,9 +84,17 @@ def proxy(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
             if trying.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.05)
-    yield Proxy(port, plain_port, folder, trust)
-    process.terminate()
-    process.wait(20)
+    try:
+        yield Proxy(port, plain_port, folder, trust, tried.stderr)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def proxy(running: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with nginx_before(running.address.removeprefix("http://"), tmp_path_factory.mktemp("nginx")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +124,32 @@ def test_what_is_too_large_is_refused_in_the_one_shape(running: Any, proxy: Prox
     with proxy.client(running.tokens["all"]) as client:
         large = client.post("/transcribe", files={"file": ("a.wav", bytes(3_000_000))})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "upload_too_large")
+
+
+def test_nginx_reads_the_file_without_a_warning(proxy: Proxy) -> None:
+    assert "test is successful" in proxy.said
+    assert "[warn]" not in proxy.said and "[emerg]" not in proxy.said, proxy.said
+
+
+def test_what_nginx_refuses_itself_has_the_one_shape(running: Any, proxy: Proxy) -> None:
+    connection = http.client.HTTPSConnection(NAME, proxy.port, context=proxy.trust, timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest("POST", "/transcribe")
+        connection.putheader("Authorization", f"Bearer {running.tokens['anna']}")
+        connection.putheader("Content-Length", "200000000")
+        connection.endheaders()
+        answer = connection.getresponse()
+        said = json.loads(answer.read())["error"]
+    assert (answer.status, answer.headers["Content-Type"]) == (413, "application/json")
+    assert said["code"] == "upload_too_large" and {*said} == {"message", "type", "param", "code", "hint"}
+
+
+def test_a_service_that_is_away_is_told_in_the_one_shape_with_a_time_to_ask_again(tmp_path: Path) -> None:
+    with nginx_before(f"127.0.0.1:{free_port()}", tmp_path) as proxy, proxy.client("token") as client:
+        answer = client.post("/transcribe", files={"file": ("a.wav", bytes(100_000))})
+    said = answer.json()["error"]
+    assert (answer.status_code, said["code"], answer.headers["Retry-After"]) == (503, "not_ready", "5")
+    assert {*said} == {"message", "type", "param", "code", "hint"} and answer.headers["Strict-Transport-Security"]
 
 
 def test_figures_are_not_for_the_world(running: Any, proxy: Proxy) -> None:
