@@ -243,17 +243,18 @@ class Session:
 
     async def next_data(self) -> bytes | None:
         """The next sound; None where that was all."""
-        if time.monotonic() > self.until:
-            text = _("The connection was open for longer than {most:g} seconds.")
-            self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
-            return None
+        idle, rest = self.config.idle_seconds, self.until - time.monotonic()
         try:
-            message = await self.sound_within(self.config.idle_seconds)
+            message = await self.sound_within(min(idle, rest))
         except TimeoutError:
+            if rest <= idle:
+                text = _("The connection was open for longer than {most:g} seconds.")
+                self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
+                return None
             raise ServiceError(
                 408,
                 "idle",
-                _("No sound came for {seconds:g} seconds.").format(seconds=self.config.idle_seconds),
+                _("No sound came for {seconds:g} seconds.").format(seconds=idle),
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
         if isinstance(message, ServiceError):

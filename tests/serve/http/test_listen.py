@@ -306,7 +306,7 @@ def test_the_audit_log_has_who_was_refused(running: Any) -> None:
 
 def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hasty = running.config.model_copy(update={"idle_seconds": 0.2})
-    monkeypatch.setattr(running.server.config.app.state, "config", hasty)
+    monkeypatch.setitem(running.server.config.app.state._state, "config", hasty)
     assert talk(running, START, [])[-1]["error"]["code"] == "idle"
 
 
