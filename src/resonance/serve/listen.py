@@ -162,16 +162,24 @@ class Session:
             await ended(task)
 
     async def talk(self) -> None:
-        """Who gives a token with the request itself is known before anything is waited for; browsers cannot."""
+        """Who gives a good token with the request itself is known before anything is waited for; browsers cannot."""
         sockets: Sockets = self.socket.app.state.sockets
         self.header = self.socket.headers.get("authorization")
         self.host = self.socket.client.host if self.socket.client else ""
-        start = None
-        if self.header is None and self.config.auth != "off":
+        start = refusal = None
+        known = self.header is not None or self.config.auth == "off"
+        if known:
+            try:
+                self.caller = self.auth.caller(self.header, self.host)
+            except ServiceError as error:
+                refusal = error
+        if not known or refusal is not None:
             with sockets.stranger(self.messages.put_nowait):
                 start = await self.first_message()
+            if refusal is not None:  # only now: a client that is still about to send would not read it
+                raise refusal
             self.header = f"Bearer {start.token}" if start.token else None
-        self.caller = self.auth.caller(self.header, self.host)
+            self.caller = self.auth.caller(self.header, self.host)
         self.socket.state.account = self.caller.account
         with sockets.of(self.caller.account):
             self.open(start or await self.first_message())
