@@ -205,12 +205,14 @@ def test_what_is_not_http_is_refused_in_the_one_shape(hasty: Any, sent: bytes) -
 
 
 @pytest.fixture
-def long_heads(hasty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silent clients stay: there is time to open many."""
+def they_stay(hasty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent clients and uploads that stop: there is time to open many, however slow the machine is."""
     monkeypatch.setattr(hasty.server.config.http.__self__, "header_seconds", 60.0)
+    long = hasty.config.model_copy(update={"idle_seconds": 60.0})
+    monkeypatch.setitem(hasty.server.config.app.state._state, "config", long)
 
 
-@pytest.mark.usefixtures("long_heads")
+@pytest.mark.usefixtures("they_stay")
 def test_however_many_are_silent_everybody_else_is_answered(hasty: Any, recording: bytes) -> None:
     before = dropped(hasty, "room")
     silent = [opened(hasty, HALF if number % 2 else b"") for number in range(MOST + RESERVED + 30)]
@@ -237,7 +239,7 @@ def slow_uploads(running: Any, count: int) -> Iterator[None]:
             connection.close()
 
 
-@pytest.mark.usefixtures("long_heads")
+@pytest.mark.usefixtures("they_stay")
 def test_beyond_the_bound_requests_are_refused_and_whether_the_service_lives_is_still_told(
     hasty: Any, recording: bytes
 ) -> None:
@@ -262,6 +264,7 @@ def test_beyond_the_bound_requests_are_refused_and_whether_the_service_lives_is_
         assert client.post(**ask).status_code == 200
 
 
+@pytest.mark.usefixtures("they_stay")
 def test_where_on_every_connection_something_is_under_way_the_next_is_told_so(
     hasty: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
