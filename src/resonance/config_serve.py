@@ -40,6 +40,8 @@ class ServeConfig(BaseModel):
     """Memory for adapters. Those that were not used for longest make room."""
     refresh_seconds: float = Field(2.0, ge=0)
     """How old an answer to “has this adapter changed?” may be. A retrained adapter answers after so many seconds."""
+    store_seconds: float = Field(20.0, gt=0)
+    """Time in which an adapter must be read. Beyond, who needs it is refused with 503, and all others are answered."""
     language: Language | None = None
     """Language spoken, where neither the request nor the adapter says. Left out, it is found out for each recording."""
     model_names: list[str] = Field(["whisper-1"], min_length=1)
@@ -73,6 +75,12 @@ class ServeConfig(BaseModel):
     """The same for the audio of one token and one patient."""
     deadline_seconds: float = Field(120.0, gt=0)
     """A request that is not answered by then is given up."""
+    header_seconds: float = Field(10.0, gt=0)
+    """Time for a client to say what it wants: the head of a request, or the first message of a WebSocket."""
+    idle_seconds: float = Field(30.0, gt=0)
+    """A client that sends nothing, or takes nothing of its answer, for so long is given up."""
+    max_connections: Count = 1000
+    """Requests and WebSockets that may be open at a time. Beyond, they are refused with 503."""
     drain_seconds: float = Field(30.0, ge=0)
     """Time for the requests under way when the service is told to stop."""
     ready_seconds: float = Field(10.0, gt=0)

@@ -322,7 +322,7 @@ def test_a_service_that_stops_waits_for_no_upload() -> None:
         with pytest.raises(ServiceError) as refused:
             await decoder.decode(LIGHT, time.monotonic() + 50)
         for fault in [refused.value, *await asyncio.gather(*tasks, return_exceptions=True)]:
-            assert isinstance(fault, ServiceError) and (fault.status, fault.code) == (503, "stopping")
+            assert isinstance(fault, ServiceError) and (fault.status, fault.code) == (503, "draining")
 
     asyncio.run(main())
 

@@ -314,14 +314,14 @@ def test_an_adapter_that_comes_when_nobody_waits_any_more_is_given_back(
     async def main() -> None:
         async with running(service_of(scripted(), adapters)) as service:
             assert service.pool
-            asked, slow, acquire = threading.Event(), threading.Event(), service.pool.acquire
+            asked, slow, read = threading.Event(), threading.Event(), service.pool.store.read
 
-            def slowly(patient: str) -> Any:
+            def slowly(*given: Any) -> Any:
                 asked.set()
                 assert slow.wait(WAIT)
-                return acquire(patient)
+                return read(*given)
 
-            monkeypatch.setattr(service.pool, "acquire", slowly)
+            monkeypatch.setattr(service.pool.store, "read", slowly)
             task = asyncio.create_task(service.transcribe(request(clip(1), "ann")))
             await at(asked)
             task.cancel()

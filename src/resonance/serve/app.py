@@ -21,7 +21,8 @@ from resonance.messages import _
 from resonance.serve import listen, openapi, routes_health, routes_openai, routes_patients, routes_transcribe
 from resonance.serve.audit import Audited, AuditLog
 from resonance.serve.auth import Auth
-from resonance.serve.faults import ServiceError
+from resonance.serve.crowd import AtMost, Sockets
+from resonance.serve.faults import ServiceError, store_unreachable
 from resonance.serve.fields import shown
 from resonance.serve.origins import OwnPagesOnly
 from resonance.serve.outer import Outer, internal_error, log, where
@@ -30,7 +31,6 @@ from resonance.serve.service import Service
 from resonance.serve.uploads import ReadingBudget
 
 ROUTERS = (routes_health, routes_transcribe, routes_patients, routes_openai, listen)
-RETRY_SECONDS = 5
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -59,7 +59,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service, app.state.auth, app.state.config = service, auth, config
-    app.state.budget = ReadingBudget()
+    app.state.budget, app.state.sockets = ReadingBudget(), Sockets(config.max_connections)
     for module in ROUTERS:
         app.include_router(module.router)
     handlers: dict[type[Exception], Callable[[Request, Any], Response]] = {
@@ -74,6 +74,7 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
         app.add_exception_handler(kind, handler)
     record = AuditLog(config.audit_log)
     # The last added is the outermost.
+    app.add_middleware(AtMost, most=config.max_connections)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -164,13 +165,7 @@ def failed(request: Request, error: Exception) -> Response:
     request_id = request.state.request_id
     if isinstance(error, ShardError):
         log.warning("request %s: %s", request_id, error)
-        fault = ServiceError(
-            503,
-            "adapter_store_unreachable",
-            _("The place where the adapters are kept cannot be read now."),
-            _("Try again in a moment. The log of the service says more."),
-            retry_after=RETRY_SECONDS,
-        )
+        fault = store_unreachable()
     elif isinstance(error, DataError | OSError):
         log.error("request %s: %s at %s", request_id, error, where(error))
         fault = ServiceError(

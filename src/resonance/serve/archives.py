@@ -25,15 +25,15 @@ MAX_NAME_BYTES = 200
 def unpack(data: bytes, into: Path, max_bytes: int, max_files: int = 64) -> None:
     """Write the files of an adapter's zip archive to the folder `into`, which is there and empty.
 
-    A single folder around everything is left out, and the one in it. Sizes are counted while unpacking, whatever the archive claims. Raises
-    ServiceError 400 archive_unreadable, 413 archive_too_large or 422 archive_refused; what was written until then is the
-    caller's to remove.
+    A single folder around everything is left out, and the one in it; a file in any other is refused, for it would not be
+    kept. Sizes are counted while unpacking, whatever the archive claims. Raises ServiceError 400 archive_unreadable, 413
+    archive_too_large or 422 archive_refused; what was written until then is the caller's to remove.
     """
     try:
         file = _Guarded(data)
         with zipfile.ZipFile(file) as archive:
             file.longest_read = None
-            members = [member for member in archive.infolist() if not (member.is_dir() or _unasked(member))]
+            members = [member for member in archive.infolist() if not _unasked(member)]
             if len(members) > max_files:
                 raise ServiceError(
                     413,
@@ -42,10 +42,10 @@ def unpack(data: bytes, into: Path, max_bytes: int, max_files: int = 64) -> None
                     _("Send only the files of the adapter folder."),
                     param="file",
                 )
-            targets = _targets(members)
+            names = _names(members)
             left = max_bytes
-            for member, target in zip(members, targets, strict=True):
-                left -= _write(archive, member, into.joinpath(*target), left, max_bytes)
+            for member, name in zip(members, names, strict=True):
+                left -= _write(archive, member, into / name, left, max_bytes)
     except ServiceError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
@@ -73,13 +73,16 @@ class _Guarded(io.BytesIO):
 
 
 def _unasked(member: zipfile.ZipInfo) -> bool:
-    """Whether it is one of the files that systems add to every folder."""
+    """Whether it is a folder, or one of the files that systems add to every folder."""
     parts = member.filename.split("/")
+    if len(parts) > 1 and not parts[-1]:  # is_dir() of Python 3.11 raises IndexError for a file without a name
+        return True
     return parts[0] == "__MACOSX" or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes")
 
 
-def _targets(members: list[zipfile.ZipInfo]) -> list[tuple[str, ...]]:
-    """Where each file goes, checked: parts of a path below the target folder."""
+def _names(members: list[zipfile.ZipInfo]) -> list[str]:
+    """What each file is called in the target folder, checked. An adapter has no folders in it: PEFT writes them where it saves
+    several adapters at once."""
     paths = [_parts(member) for member in members]
     if not paths:
         raise _refused(_("it has no files"))
@@ -87,15 +90,14 @@ def _targets(members: list[zipfile.ZipInfo]) -> list[tuple[str, ...]]:
         paths = [path[1:] for path in paths]
     seen: set[str] = set()
     for member, path in zip(members, paths, strict=True):
+        if len(path) > 1:
+            raise _refused(_("{name} lies in a folder inside").format(name=shown_name(path[-1], "?")))
         # Two names that are one on a disk that ignores case or composes characters.
-        key = unicodedata.normalize("NFC", "/".join(path)).casefold()
+        key = unicodedata.normalize("NFC", path[0]).casefold()
         if key in seen:
             raise _refused(_("two files are named {name}").format(name=shown_name(member.filename, "?")))
         seen.add(key)
-    folders = {"/".join(path[:depth]) for path in paths for depth in range(1, len(path))}
-    if both := sorted(seen & {unicodedata.normalize("NFC", folder).casefold() for folder in folders}):
-        raise _refused(_("{name} is a file and a folder").format(name=shown_name(both[0], "?")))
-    return paths
+    return [path[0] for path in paths]
 
 
 def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
@@ -130,7 +132,6 @@ def _parts(member: zipfile.ZipInfo) -> tuple[str, ...]:
 
 def _write(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, left: int, max_bytes: int) -> int:
     """Unpack one file of at most `left` bytes and return how many it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     most = min(left, max(RATIO_FROM_BYTES, MAX_RATIO * member.compress_size))
     with archive.open(member) as source, path.open("xb") as target:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Coroutine
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
 from fastapi import Depends, Path, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -76,12 +76,23 @@ def deadline(config: ServeConfig) -> float:
 async def form_of(request: Request, until: float) -> Form:
     """The form of a request, with a recording in it."""
     most = int(config_of(request).max_upload_mb * MEGABYTE)
-    return await read_form(request, max_file_bytes=most, deadline=until, budget=budget_of(request))
+    return await read_form(request, max_file_bytes=most, **limits_of(request, until))
 
 
-def budget_of(request: Request) -> ReadingBudget:
-    budget: ReadingBudget = request.app.state.budget
-    return budget
+class Limits(TypedDict):
+    """Of reading a body."""
+
+    deadline: float
+    idle_seconds: float
+    budget: ReadingBudget
+
+
+def limits_of(request: Request, until: float) -> Limits:
+    return {
+        "deadline": until,
+        "idle_seconds": config_of(request).idle_seconds,
+        "budget": request.app.state.budget,
+    }
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:

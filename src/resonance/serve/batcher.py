@@ -18,9 +18,16 @@ from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.model.memory_full import is_memory_full
-from resonance.serve.decode_pool import deadline_passed
 from resonance.serve.fair_queue import FairQueue, Person, Room, Work
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import (
+    ServiceError,
+    broken,
+    deadline_passed,
+    inference_failed,
+    invalid_settings,
+    not_ready,
+    out_of_memory,
+)
 from resonance.serve.outer import where
 from resonance.serve.pace import Pace
 from resonance.transcribe.recognizer import DecodeSettings, Transcript
@@ -38,7 +45,6 @@ RAISED = 1.02  # how much more may be tried after a batch as large as what fitte
 PAUSE = 0.1
 # So many times what it should take, a batch takes when it is decoded again and again at higher temperatures, or with beams.
 STUCK_TIMES = 10
-RETRY_SECONDS = 5
 EXAMINED_AGAIN = 10.0  # seconds after which a model that failed is asked whether it answers again
 
 
@@ -271,12 +277,12 @@ class Batcher:
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
             elif came.memory:
-                _fail_all(part, _too_large)
+                _fail_all(part, out_of_memory)
             elif came.refused is not None:
                 _fail_all(part, functools.partial(invalid_settings, came.refused))
             else:
                 self._observer.failed()
-                _fail_all(part, _inference_failed)
+                _fail_all(part, inference_failed)
                 self._examine()
 
     def _examine(self) -> None:
@@ -338,52 +344,6 @@ class Failure(NamedTuple):
     memory: bool  # there is too little of it
     what: str
     refused: str | None  # what is wrong with the settings, where they are to blame
-
-
-def invalid_settings(reason: str) -> ServiceError:
-    """Nothing can be decoded with what the request asks for."""
-    return ServiceError(400, "invalid_settings", reason, _("Change what the message names, or leave it out."))
-
-
-def not_ready(reason: str) -> ServiceError:
-    """The model does not answer now."""
-    return ServiceError(
-        503,
-        "not_ready",
-        _("The model does not answer: {reason}").format(reason=reason),
-        _("Try again later."),
-        retry_after=RETRY_SECONDS,
-    )
-
-
-def broken(reason: str) -> ServiceError:
-    """The model will hardly answer before somebody has done something about it."""
-    return ServiceError(
-        503,
-        "broken",
-        _("The service cannot transcribe: {reason}").format(reason=reason),
-        _("Ask whoever runs the service to look at its log and to start it again."),
-        retry_after=60,
-    )
-
-
-def _inference_failed() -> ServiceError:
-    return ServiceError(
-        500,
-        "inference_failed",
-        _("The model failed on this recording. The service's log says where."),
-        _("Send the recording in another way, such as in shorter pieces, and tell whoever runs the service."),
-    )
-
-
-def _too_large() -> ServiceError:
-    return ServiceError(
-        503,
-        "out_of_memory",
-        _("The memory of the service does not suffice for this recording now."),
-        _("Try again later, with shorter recordings or fewer beams."),
-        retry_after=RETRY_SECONDS,
-    )
 
 
 def _what(error: BaseException) -> str:

@@ -13,20 +13,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from resonance.config_serve import ServeConfig
 from resonance.errors import ResonanceError
 from resonance.messages import _
 from resonance.serve.app import create_app
 from resonance.serve.auth import Auth, check_exposure
+from resonance.serve.connections import Rules, allow_files
 from resonance.serve.listen import stopping_of
 from resonance.serve.service import Service, create_service
 
 BACKLOG = 2048  # connections that may wait to be taken
-KEEP_ALIVE_SECONDS = 20
 MESSAGE_BYTES = 1 << 20  # of one message of a WebSocket: half a minute of PCM
 WAIT_STEP_SECONDS = 0.1
 
@@ -39,6 +39,7 @@ def serve(config: ServeConfig) -> int:
         from resonance.serve.ray_app import serve_with_ray
 
         return serve_with_ray(config)
+    allow_files(config, BACKLOG)
     listening = bind(config)
     with listening:
         service = create_service(config)
@@ -108,35 +109,30 @@ def announce(config: ServeConfig, port: int) -> None:
     print("\n".join(lines), flush=True)
 
 
-class Listening(WebSocketsSansIOProtocol):
-    """A WebSocket whose closing is left to the session when the server stops: uvicorn's own closes at once, and what the
-    person has just said would not be answered."""
-
-    def shutdown(self) -> None:
-        if not self.handshake_complete or self.close_sent:
-            super().shutdown()
-
-
 class Server(uvicorn.Server):
     """Uvicorn that says when the model is ready, refuses new work at the first signal, and dies at the second."""
 
     def __init__(self, service: Service, auth: Auth, config: ServeConfig) -> None:
         app = create_app(service, auth, config)
+        rules = Rules.of(config, service.metrics.connection_dropped)
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,  # the audit log has who asked for what
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=math.ceil(config.idle_seconds),
                 timeout_graceful_shutdown=math.ceil(config.drain_seconds),
-                ws=Listening,
+                http=cast(Any, rules.http),  # what uvicorn does with a class is to call it
+                ws=cast(Any, rules.websocket),
+                backlog=BACKLOG,
                 ws_max_size=MESSAGE_BYTES,
                 proxy_headers=bool(config.trusted_proxies),
                 forwarded_allow_ips=config.trusted_proxies or None,
                 lifespan="on",
             )
         )
+        service.metrics.watch_connections(lambda: len(self.server_state.connections))
         self.service = service
         self.stopping = stopping_of(app)
         self.signal = 0

@@ -24,7 +24,7 @@ import numpy as np
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve.decoder_child import FRAME, PIECE_BYTES, UPLOAD
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, deadline_passed, draining
 from resonance.serve.speech import Decoded, Upload
 from resonance.serve.uploads import upload_too_large
 from resonance.units import MEBIBYTE, SAMPLE_RATE
@@ -126,7 +126,7 @@ class AudioDecoder:
             except (OSError, EOFError, ValueError):
                 await decoder.end()
                 if self._closed:
-                    raise _stopping() from None
+                    raise draining() from None
                 crashed = decoder.process.returncode in CRASHES
                 raise (_unreadable(_damaged(upload)) if crashed else _demanding(upload)) from None
             whole = True
@@ -153,7 +153,7 @@ class AudioDecoder:
     async def _place(self, size: int, deadline: float) -> _Decoder | None:
         """A process nobody else uses, or None: the right to start one. First come, first served."""
         if self._closed:
-            raise _stopping()
+            raise draining()
         if self._idle:
             return self._idle.pop()
         if len(self._line) >= self._max_waiting or self._waiting_bytes + size > self._max_waiting_bytes:
@@ -173,7 +173,7 @@ class AudioDecoder:
             if not waiting.done():
                 raise deadline_passed()
             if self._closed:
-                raise _stopping()
+                raise draining()
             return waiting.result()
         except BaseException:
             if waiting.done() and not waiting.cancelled():
@@ -294,15 +294,6 @@ class _Decoder:
             await self.process.communicate()  # reads what is left: only then does asyncio let go of the pipe
 
 
-def deadline_passed() -> ServiceError:
-    return ServiceError(
-        504,
-        "deadline_passed",
-        _("The request took longer than the service allows."),
-        _("Send it again later, or a shorter recording."),
-    )
-
-
 def _empty(message: str) -> ServiceError:
     return ServiceError(400, "audio_empty", message, _("Record it again and send the file that results."), param="file")
 
@@ -337,15 +328,5 @@ def _unavailable() -> ServiceError:
         "decoder_unavailable",
         _("The program that decodes recordings does not start."),
         _("The operator finds the reason in the output of the service."),
-        retry_after=10,
-    )
-
-
-def _stopping() -> ServiceError:
-    return ServiceError(
-        503,
-        "stopping",
-        _("The service is being stopped."),
-        _("Send it again after the seconds that Retry-After gives."),
         retry_after=10,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,9 +18,9 @@ from resonance.errors import DataError, ModelError
 from resonance.messages import _
 from resonance.model.lora_weights import LoadedAdapter
 from resonance.serve.admission import Place
-from resonance.serve.batcher import Batcher, Engine, invalid_settings
+from resonance.serve.batcher import Batcher, Engine
 from resonance.serve.decode_pool import AudioDecoder
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, invalid_settings, store_unreachable
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
@@ -31,10 +32,12 @@ from resonance.transcribe.mixed_engine import Row
 from resonance.transcribe.recognizer import DecodeSettings, TimedText, Transcript
 from resonance.units import SAMPLE_RATE
 
+log = logging.getLogger(__name__)
 Rows = list[Future[Transcript]]
 Coming = tuple[Window, Future[Transcript] | None]  # None: nobody speaks in it
 
 BLOCK_SAMPLES = 30 * SAMPLE_RATE  # that the detector of speech is given at once
+LOOK_SECONDS = 1.0  # then, what is in memory answers, though there may be a newer version
 NO_AUDIO = np.zeros(0, np.float32)
 
 
@@ -48,6 +51,7 @@ class Hearing:
     decoder: AudioDecoder
     threads: Threads
     language: str | None  # spoken where neither the request nor the adapter says
+    store_seconds: float  # in which an adapter has to be read
     kept: KeptAudio | None = None  # where recordings are kept; None: nowhere
 
     async def hear(
@@ -125,17 +129,34 @@ class Hearing:
         if request.patient is None:
             return None
         try:
-            pool = self._pool(request.patient)
-            coming = self.threads.read(functools.partial(pool.acquire, request.patient))
-            try:
-                return await until.get(asyncio.wrap_future(coming))
-            except BaseException:
-                # Where nobody waits any more it may come yet.
-                coming.add_done_callback(functools.partial(_give_back, pool))
-                raise
+            return await self._adapter(self._pool(request.patient), request.patient, until)
         except ServiceError as error:
             if request.base_if_missing and error.code == "adapter_not_found":
                 return None
+            raise
+
+    async def _adapter(self, pool: AdapterPool, patient: str, until: Until) -> LoadedAdapter:
+        """Raises ServiceError 503 adapter_store_unreachable where the store takes too long, and nothing is in memory."""
+        coming = pool.ask(patient, self.threads.read)
+        if coming.done():
+            return coming.result()
+        future = asyncio.wrap_future(coming)
+        try:
+            if await until.done(future, LOOK_SECONDS):
+                return future.result()
+            if (held := pool.held(patient)) is not None:
+                log.warning("%s: where the adapters are, nothing answers; version %s goes on", patient, held.version)
+                coming.add_done_callback(functools.partial(give_back, pool))
+                future.cancel()
+                return held
+            if await until.done(future, max(0.0, self.store_seconds - LOOK_SECONDS)):
+                return future.result()
+            log.warning("%s: where the adapters are, nothing answers for %g s", patient, self.store_seconds)
+            raise store_unreachable()
+        except BaseException:
+            # Where nobody waits any more it may come yet.
+            coming.add_done_callback(functools.partial(give_back, pool))
+            future.cancel()
             raise
 
     def _pool(self, patient: str) -> AdapterPool:
@@ -201,7 +222,7 @@ def _blocks(samples: Samples) -> Iterator[Samples]:
     return (samples[first : first + BLOCK_SAMPLES] for first in range(0, len(samples), BLOCK_SAMPLES))
 
 
-def _give_back(pool: AdapterPool, coming: Future[LoadedAdapter]) -> None:
+def give_back(pool: AdapterPool, coming: Future[LoadedAdapter]) -> None:
     if not coming.cancelled() and coming.exception() is None:
         pool.release(coming.result())
 

@@ -21,18 +21,18 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, WebSocket, WebSocketDisconnect
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve import answers, fields
 from resonance.serve.asking import MEGABYTE
 from resonance.serve.auth import Auth, Caller
+from resonance.serve.crowd import Sockets
 from resonance.serve.faults import ServiceError, draining
+from resonance.serve.listen_start import Start, start_of
 from resonance.serve.live_audio import FEWEST_RATE, MOST_RATE, LiveAudio, Opus, Pcm
 from resonance.serve.outer import Message, internal_error, log, where
 from resonance.serve.patients import check_patient_id
-from resonance.serve.routes_health import WAIT_SECONDS
 from resonance.serve.routes_transcribe import fallback_of, settings_of
 from resonance.serve.service import Service
 from resonance.serve.speech import Answer, SpeechRequest
@@ -44,32 +44,11 @@ from resonance.units import SAMPLE_RATE, WINDOW_SECONDS
 
 router = APIRouter()
 Made = TypeVar("Made")
-START_SECONDS = 10.0  # for the first message
-IDLE_SECONDS = 30.0  # without any message
 EXTRA_SECONDS = 600.0  # of being connected, beyond those of the longest recording
 READ_AHEAD_BYTES = 1 << 21  # of messages: a minute of PCM
 PARTIAL_SECONDS = 1.0  # of new sound between two partial texts
 # WebSocket close codes (RFC 6455): a message that is against the rules, too big, a fault of ours, try again later.
 CLOSE_CODES = {413: 1009, 429: 1013, 503: 1013}
-
-
-class Start(BaseModel):
-    """The first message."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: str = Field(pattern="^start$")
-    token: str | None = Field(None, max_length=500)
-    patient_id: str | None = None
-    fallback: str | None = None
-    language: str | None = None
-    task: str | None = None
-    prompt: str | None = None
-    phrases: list[str] = []
-    phrases_only: bool = False
-    skip_nonspeech: bool = True
-    format: str = "pcm16"
-    sample_rate: int = SAMPLE_RATE
 
 
 @router.websocket("/listen")
@@ -112,7 +91,8 @@ class Session:
         self, socket: WebSocket, service: Service, auth: Auth, config: ServeConfig, stopping: asyncio.Event
     ) -> None:
         self.socket, self.service, self.auth, self.config, self.stopping = socket, service, auth, config, stopping
-        self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: the service stops
+        # ServiceError: why no more is heard.
+        self.messages: asyncio.Queue[Message | ServiceError] = asyncio.Queue()
         self.ahead = 0  # bytes in it
         self.room = asyncio.Event()
         self.reading: asyncio.Task[None]  # ends when the client goes away
@@ -137,7 +117,7 @@ class Session:
 
     async def run(self) -> None:
         stopped = asyncio.create_task(self.stopping.wait())
-        stopped.add_done_callback(lambda _task: self.messages.put_nowait(None))
+        stopped.add_done_callback(lambda _task: self.messages.put_nowait(draining()))
         self.reading = asyncio.create_task(self.read())
         try:
             await self.talk()
@@ -154,13 +134,21 @@ class Session:
                 self.room.clear()
                 await self.room.wait()
 
-    async def message_within(self, seconds: float) -> Message | None:
-        """The next one; None where the service stops. Raises TimeoutError, WebSocketDisconnect."""
+    async def message_within(self, seconds: float) -> Message | ServiceError:
+        """The next one, or why there is none. Raises TimeoutError, WebSocketDisconnect."""
         message = await asyncio.wait_for(self.unless_gone(self.messages.get()), seconds)
-        if message is not None:
+        if not isinstance(message, ServiceError):
             self.ahead -= _cost(message)
             self.room.set()
         return message
+
+    async def sound_within(self, seconds: float) -> Message | ServiceError:
+        """The next message that is not empty."""
+        until = time.monotonic() + seconds
+        while True:
+            message = await self.message_within(until - time.monotonic())
+            if isinstance(message, ServiceError) or message.get("bytes") != b"":
+                return message
 
     async def unless_gone(self, work: Coroutine[Any, Any, Made]) -> Made:
         """What it gives. Cancelled where the client goes away: raises WebSocketDisconnect then."""
@@ -174,7 +162,30 @@ class Session:
             await ended(task)
 
     async def talk(self) -> None:
-        self.open(await self.first_message())
+        """Who gives a good token with the request itself is known before anything is waited for; browsers cannot."""
+        sockets: Sockets = self.socket.app.state.sockets
+        self.header = self.socket.headers.get("authorization")
+        self.host = self.socket.client.host if self.socket.client else ""
+        start = refusal = None
+        known = self.header is not None or self.config.auth == "off"
+        if known:
+            try:
+                self.caller = self.auth.caller(self.header, self.host)
+            except ServiceError as error:
+                refusal = error
+        if not known or refusal is not None:
+            with sockets.stranger(self.messages.put_nowait):
+                start = await self.first_message()
+            if refusal is not None:  # only now: a client that is still about to send would not read it
+                raise refusal
+            self.header = f"Bearer {start.token}" if start.token else None
+            self.caller = self.auth.caller(self.header, self.host)
+        self.socket.state.account = self.caller.account
+        with sockets.of(self.caller.account):
+            self.open(start or await self.first_message())
+            await self.converse()
+
+    async def converse(self) -> None:
         await self.socket.send_json({"type": "ready", "patient_id": self.patient})
         try:
             while (data := await self.next_data()) is not None:
@@ -194,37 +205,19 @@ class Session:
 
     async def first_message(self) -> Start:
         try:
-            message = await self.message_within(START_SECONDS)
+            message = await self.message_within(self.config.header_seconds)
         except TimeoutError:
             raise ServiceError(
                 408, "no_start", _("There was no first message."), _("Send the JSON message of type start first.")
             ) from None
-        if message is None:
-            raise draining()
-        try:
-            return Start.model_validate_json(message.get("text") or "")
-        except ValidationError as error:
-            found = error.errors()[0]
-            name = ".".join(str(part) for part in found["loc"]) or "message"
-            raise ServiceError(
-                400,
-                "invalid_start",
-                _("{name} is not as it must be: {reason}.").format(name=fields.shown(name), reason=found["msg"]),
-                _("Send the JSON message of type start first."),
-                param=name[:100],
-            ) from None
+        if isinstance(message, ServiceError):
+            raise message
+        return start_of(message.get("text") or "")
 
     def open(self, start: Start) -> None:
-        """Who asks, for whom and how. Raises ServiceError."""
-        self.header = self.socket.headers.get("authorization") or (f"Bearer {start.token}" if start.token else None)
-        self.host = self.socket.client.host if self.socket.client else ""
-        self.caller = self.auth.caller(self.header, self.host)
-        self.socket.state.account = self.caller.account
-        state = self.service.state
-        if state.status != "ready":
-            raise ServiceError(
-                503, state.status, state.reason, _("Ask again in a moment."), retry_after=WAIT_SECONDS[state.status]
-            )
+        """For whom, and how. Raises ServiceError."""
+        if (state := self.service.state).status != "ready":
+            raise state.refusal
         self.patient = self.caller.patient if start.patient_id is None else check_patient_id(start.patient_id)
         self.socket.state.patient = self.patient
         self.caller.allow(self.patient)
@@ -258,21 +251,22 @@ class Session:
 
     async def next_data(self) -> bytes | None:
         """The next sound; None where that was all."""
-        if time.monotonic() > self.until:
-            text = _("The connection was open for longer than {most:g} seconds.")
-            self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
-            return None
+        idle, rest = self.config.idle_seconds, self.until - time.monotonic()
         try:
-            message = await self.message_within(IDLE_SECONDS)
+            message = await self.sound_within(min(idle, rest))
         except TimeoutError:
+            if rest <= idle:
+                text = _("The connection was open for longer than {most:g} seconds.")
+                self.ending = too_long(text.format(most=self.config.max_audio_seconds + EXTRA_SECONDS))
+                return None
             raise ServiceError(
                 408,
                 "idle",
-                _("Nothing came for {seconds:g} seconds.").format(seconds=IDLE_SECONDS),
+                _("No sound came for {seconds:g} seconds.").format(seconds=idle),
                 _("Send {end} when the person has finished.").format(end='{"type": "end"}'),
             ) from None
-        if message is None:
-            self.ending = draining()
+        if isinstance(message, ServiceError):
+            self.ending = message
             return None
         data: bytes | None = message.get("bytes")
         if data is not None:

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import soxr
 
 from resonance.messages import _
-from resonance.serve.decode_pool import deadline_passed
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, deadline_passed
 from resonance.units import SAMPLE_RATE
 
 Samples = npt.NDArray[np.float32]

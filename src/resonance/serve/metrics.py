@@ -67,6 +67,10 @@ class Metrics:
             registry=own,
         )
         self._out_of_memory = Counter("resonance_out_of_memory", "Batches that did not fit into memory", registry=own)
+        self._connections = Gauge("resonance_connections", "Connections that are open", registry=own)
+        self._connections_dropped = Counter(
+            "resonance_connections_dropped", "Connections closed on clients, by reason", ["why"], registry=own
+        )
         self._failed = Counter("resonance_failed_windows", "Windows on which the model failed", registry=own)
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -103,6 +107,14 @@ class Metrics:
     def watch_queue(self, seconds: Callable[[], float]) -> None:
         """seconds: gives the audio that waits now."""
         self._queued.set_function(seconds)
+
+    def connection_dropped(self, why: str) -> None:
+        """why: silent, slow_reader, or room, where another needed it."""
+        self._connections_dropped.labels(why).inc()
+
+    def watch_connections(self, count: Callable[[], float]) -> None:
+        """count: gives the connections that are open now."""
+        self._connections.set_function(count)
 
     def watch_pool(self, stats: Callable[[], PoolStats]) -> None:
         """stats: gives the figures of the pool of adapters now."""

@@ -7,12 +7,12 @@ rebinding) may read the answers too. What it cannot do is hide where it comes fr
 from __future__ import annotations
 
 import ipaddress
-import json
 from urllib.parse import urlsplit
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.serve.faults import ServiceError
+from resonance.serve.outer import fault
 from resonance.serve.security_headers import App, Receive, Scope, Send
 
 
@@ -30,16 +30,13 @@ class OwnPagesOnly:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
             return
-        fault = ServiceError(
+        foreign = ServiceError(
             403,
             "foreign_page",
             _("This web page may not use the service."),
             _("Name it in --cors_origins, or use --auth token."),
         )
-        content = json.dumps(fault.body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": fault.status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await fault(send, foreign)
 
     def _own(self, headers: dict[bytes, bytes]) -> bool:
         host = headers.get(b"host", b"").decode("latin-1")

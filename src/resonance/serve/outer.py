@@ -70,13 +70,20 @@ class Outer:
                 self.count(route, scope["state"].get("status", status), time.monotonic() - begun)
 
 
-async def fault(send: Send, error: ServiceError) -> None:
+async def fault(send: Send, error: ServiceError, kind: str = "") -> None:
+    """kind: `websocket.` where it is sent in place of a WebSocket."""
+    headers, content = rendered(error)
+    await send({"type": f"{kind}http.response.start", "status": error.status, "headers": headers})
+    await send({"type": f"{kind}http.response.body", "body": content})
+
+
+def rendered(error: ServiceError) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body."""
     content = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     if error.retry_after is not None:
         headers.append((b"retry-after", str(error.retry_after).encode()))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    return headers, content
 
 
 def internal_error() -> ServiceError:

@@ -6,13 +6,14 @@ or none that can be used, `acquire` says so.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +22,10 @@ import torch
 from resonance.errors import AdapterError, ResonanceError
 from resonance.messages import _
 from resonance.model.lora_weights import AdapterBase, LoadedAdapter, read_adapter
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import ServiceError, adapter_memory_full, store_unreachable
 from resonance.serve.patients import check_patient_id
 from resonance.serve.store import AdapterStore, not_found
+from resonance.serve.threads import BusyError
 
 LOADS_AT_ONCE = 4  # each holds its file and its matrices at the same time, outside the budget
 _REMEMBERED = 1000  # ids without an adapter in memory, such as those that somebody tries out
@@ -47,15 +49,16 @@ class PoolStats:
     behind: int  # people who are answered by an older version, because the newest cannot be used
 
 
+Coming = Future[LoadedAdapter]
+
+
 @dataclass(slots=True, eq=False)
 class _Look:
     """One look at the store, and the load that follows from it, for everybody who waits for it."""
 
+    had: LoadedAdapter | None  # what was in memory when it began, acquired until it ends
     changed: bool = False  # begun by `changed`: what was in memory before it answers nobody who asks now
-    waiting: int = 1
-    done: threading.Event = field(default_factory=threading.Event)
-    adapter: LoadedAdapter | None = None
-    error: ServiceError | None = None
+    waiting: list[Coming] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,48 +104,39 @@ class AdapterPool:
         Raises ServiceError: 400 invalid_patient_id, 404 adapter_not_found, 422 adapter_unusable with the reason, 503
         adapter_memory_full and adapter_store_unreachable.
         """
-        check_patient_id(patient)
+        coming, begun = self._asked(patient)
+        if begun is not None:
+            self._follow(patient, *begun)
+        return coming.result()
+
+    def ask(self, patient: str, submit: Callable[[Callable[[], None]], object]) -> Coming:
+        """As `acquire`, without waiting: what is in memory is there at once. However many ask for a patient, one function,
+        which looks at the store, is given to `submit`, to run in a thread; it may raise BusyError. Cancelled, nothing is acquired.
+
+        Raises ServiceError where the answer is known already; else the future does.
+        """
+        coming, begun = self._asked(patient)
+        if begun is not None:
+            try:
+                submit(functools.partial(self._follow, patient, *begun))
+            except BusyError:
+                self._settle(patient, *begun, None, store_unreachable(), self._clock())
+        return coming
+
+    def held(self, patient: str) -> LoadedAdapter | None:
+        """What is in memory, acquired, however long ago the store was asked whether it is the newest; None where nothing is,
+        or `changed` says that it may be wrong."""
         with self._lock:
-            slot = self._slots.setdefault(patient, _Slot())
-            self._slots.move_to_end(patient)
-            fresh = self._clock() - slot.looked < self.refresh_seconds
-            look, had = slot.look, slot.adapter
-            if had is not None and (fresh if look is None else not look.changed):
-                self._pins[had] += 1
-                self._hits += 1
-                return had
-            if had is None and look is None and fresh and slot.error is not None:
-                raise _again(slot.error)
-            mine = look is None
-            if look is None:
-                look = slot.look = _Look()
-                if had is not None:
-                    self._pins[had] += 1
-                self._forget_ids()
-            else:
-                look.waiting += 1
-        if mine:
-            self._follow(patient, slot, look, had)
-        else:
-            look.done.wait()
-        if look.adapter is None:
-            assert look.error is not None
-            raise _again(look.error)
-        return look.adapter
+            slot = self._slots.get(patient)
+            if slot is None or slot.adapter is None or (slot.look is not None and slot.look.changed):
+                return None
+            self._pins[slot.adapter] += 1
+            return slot.adapter
 
     def release(self, adapter: LoadedAdapter) -> None:
         """Give back what `acquire` gave, once for each time."""
         with self._lock:
             self._unpin(adapter)
-
-    @contextlib.contextmanager
-    def holding(self, patient: str) -> Iterator[LoadedAdapter]:
-        """The adapter of `patient`, acquired for as long as the block lasts."""
-        adapter = self.acquire(patient)
-        try:
-            yield adapter
-        finally:
-            self.release(adapter)
 
     def changed(self, patient: str) -> None:
         """The store was written to: whoever asks for `patient` from now on waits until it was looked at again. What was
@@ -156,10 +150,10 @@ class AdapterPool:
             had = slot.adapter
             if had is None:
                 return
-            look = slot.look = _Look(changed=True, waiting=0)
+            look = slot.look = _Look(had, changed=True)
             self._pins[had] += 1
         follow = threading.Thread(
-            target=self._follow, args=(patient, slot, look, had), name="resonance-changed", daemon=True
+            target=self._follow, args=(patient, slot, look), name="resonance-changed", daemon=True
         )
         follow.start()
 
@@ -173,16 +167,6 @@ class AdapterPool:
             # Where uploads are unpacked is nobody's business.
             raise _unusable("", str(error).replace(str(folder), folder.name)) from error
         return adapter
-
-    def problems(self) -> dict[str, str]:
-        """By patient, why the newest version of an adapter is not used, as far as it was asked for."""
-        with self._lock:
-            unusable = {
-                patient: slot.error.message
-                for patient, slot in self._slots.items()
-                if slot.error is not None and slot.error.status != 404
-            }
-            return unusable | {patient: slot.behind for patient, slot in self._slots.items() if slot.behind}
 
     def stats(self) -> PoolStats:
         with self._lock:
@@ -199,24 +183,45 @@ class AdapterPool:
                 behind=sum(bool(slot.behind) for slot in self._slots.values()),
             )
 
-    def _follow(self, patient: str, slot: _Slot, look: _Look, had: LoadedAdapter | None) -> None:
-        """Look at the store and load what is new there. had: the adapter of the slot, which the caller has pinned."""
+    def _asked(self, patient: str) -> tuple[Coming, tuple[_Slot, _Look] | None]:
+        """What will come, and what has to be followed for it, where nobody does it yet."""
+        check_patient_id(patient)
+        coming: Coming = Future()
+        with self._lock:
+            slot = self._slots.setdefault(patient, _Slot())
+            self._slots.move_to_end(patient)
+            fresh = self._clock() - slot.looked < self.refresh_seconds
+            look, had = slot.look, slot.adapter
+            if had is not None and (fresh if look is None else not look.changed):
+                self._pins[had] += 1
+                self._hits += 1
+                coming.set_result(had)
+                return coming, None
+            if look is not None:
+                look.waiting.append(coming)
+                return coming, None
+            if had is None and fresh and slot.error is not None:
+                raise slot.error.again()
+            look = slot.look = _Look(had, waiting=[coming])
+            if had is not None:
+                self._pins[had] += 1
+            self._forget_ids()
+        return coming, (slot, look)
+
+    def _follow(self, patient: str, slot: _Slot, look: _Look) -> None:
+        """Look at the store and load what is new there."""
         began = self._clock()
         found: LoadedAdapter | None = None
         error: ServiceError | None = None
         try:
-            found = self._newest(patient, slot, had)
+            found = self._newest(patient, slot, look.had)
         except Exception as problem:
             error = self._translated(patient, problem)
         except BaseException as problem:  # the process is ending; those who wait must not wait for ever
             error = self._translated(patient, problem)
             raise
         finally:
-            try:
-                with self._lock:
-                    self._settle(patient, slot, look, had, found, error, began)
-            finally:
-                look.done.set()
+            self._settle(patient, slot, look, found, error, began)
 
     def _newest(self, patient: str, slot: _Slot, had: LoadedAdapter | None) -> LoadedAdapter:
         tried = None
@@ -230,7 +235,7 @@ class AdapterPool:
                 self._misses += 1
                 others = self._pinned_bytes() - (had.nbytes if had is not None and self._pins[had] == 1 else 0)
                 if others + max(slot.wanted_bytes, 1) > self.budget_bytes:
-                    raise _memory_full()
+                    raise adapter_memory_full()
             try:
                 with self._loading:
                     adapter = self.store.read(patient, version, self.base)
@@ -247,12 +252,31 @@ class AdapterPool:
         patient: str,
         slot: _Slot,
         look: _Look,
-        had: LoadedAdapter | None,
         found: LoadedAdapter | None,
         error: ServiceError | None,
         began: float,
     ) -> None:
         """Put what a look has brought in its place, and hand it to everybody who waits for it."""
+        with self._lock:
+            found, error, waiting = self._placed(patient, slot, look, found, error, began)
+        for coming in waiting:
+            if found is not None:
+                coming.set_result(found)
+            else:
+                assert error is not None
+                coming.set_exception(error.again())
+
+    def _placed(
+        self,
+        patient: str,
+        slot: _Slot,
+        look: _Look,
+        found: LoadedAdapter | None,
+        error: ServiceError | None,
+        began: float,
+    ) -> tuple[LoadedAdapter | None, ServiceError | None, list[Coming]]:
+        """What those who wait get, and who they are."""
+        had = look.had
         newest = slot.look is look and self._slots.get(patient) is slot  # or `changed` has called for another look
         if had is not None:
             self._pins[had] -= 1  # held until here, and again below where it is what answers
@@ -264,19 +288,20 @@ class AdapterPool:
                 slot.wanted_bytes = 0
             else:
                 slot.wanted_bytes = found.nbytes
-                found, error = None, _memory_full()
+                found, error = None, adapter_memory_full()
         self._failed += error is not None and error.code in (_UNUSABLE, _UNREACHABLE)
         if error is not None and error.status != 404 and not (look.changed and error.status == 503):
             found = had
+        waiting = [coming for coming in look.waiting if coming.set_running_or_notify_cancel()]
         if found is not None:
-            self._pins[found] += look.waiting
-        look.adapter, look.error = found, error
+            self._pins[found] += len(waiting)
         if newest:
             self._keep(patient, slot, found, error, began)
         for one in {found, had} - {None, slot.adapter}:
             assert one is not None
             if self._pins[one] == 0:
                 self._drop(one)
+        return found, error, waiting
 
     def _keep(
         self, patient: str, slot: _Slot, found: LoadedAdapter | None, error: ServiceError | None, began: float
@@ -345,16 +370,10 @@ class AdapterPool:
         if isinstance(problem, AdapterError):
             return _unusable(patient, str(problem))
         if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-            return _memory_full()
+            return adapter_memory_full()
         if isinstance(problem, (ResonanceError, OSError)) or not isinstance(problem, Exception):
             _log.warning("%s: %s", patient, problem)
-            return ServiceError(
-                503,
-                _UNREACHABLE,
-                _("The place where the adapters are kept cannot be read now."),
-                _("Try again in a moment. The log of the service says more."),
-                retry_after=max(1, math.ceil(self.refresh_seconds)),
-            )
+            return store_unreachable(max(1, math.ceil(self.refresh_seconds)))
         _log.error("%s: %r", patient, problem, exc_info=problem)
         return _unusable(patient, type(problem).__name__)
 
@@ -366,21 +385,4 @@ def _unusable(patient: str, reason: str, hint: str | None = None) -> ServiceErro
         _UNUSABLE,
         text.format(patient=patient, reason=reason),
         hint or _("Upload the adapter of this person again, or roll back to an older version."),
-    )
-
-
-def _memory_full() -> ServiceError:
-    return ServiceError(
-        503,
-        _FULL,
-        _("The memory for adapters is full, and all that it holds are in use."),
-        _("Try again in a moment. If this happens often, start the service with a larger --adapter_memory."),
-        retry_after=1,
-    )
-
-
-def _again(error: ServiceError) -> ServiceError:
-    """A copy: one object raised in several threads would collect all their tracebacks."""
-    return ServiceError(
-        error.status, error.code, error.message, error.hint, param=error.param, retry_after=error.retry_after
     )

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
@@ -16,12 +16,15 @@ from resonance.model.load import load_tokenizer
 from resonance.serve.faults import ServiceError
 from resonance.serve.front_metrics import FrontMetrics
 from resonance.serve.replica import About, Mistake, Refusal, mark, packed
-from resonance.serve.service import State
 from resonance.serve.speech import Answer, SpeechRequest
+from resonance.serve.state import State
 from resonance.serve.store import AdapterStore, VersionInfo
+from resonance.serve.threads import Threads
+from resonance.serve.until import stored
 from resonance.transcribe.recognizer import TimedText
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 ASK_SECONDS = 5.0  # between two questions to the copies, whether they are there
 RETRY_SECONDS = 5
 CHANGE_SECONDS = 120.0  # for an adapter to be checked and stored
@@ -41,6 +44,7 @@ class RemoteService:
         self.config, self.store, self.metrics = config, store, FrontMetrics()
         self.base_name, self.base_fingerprint = config.model, ""
         self._copies, self._key = copies, key
+        self._threads = Threads()
         self._tokenizer: Any = None
         self._asking: asyncio.Task[None] | None = None
         self._loaded = False
@@ -50,12 +54,12 @@ class RemoteService:
     @property
     def state(self) -> State:
         if self._draining:
-            return State("draining", _("The service is about to stop."))
+            return State("draining")
         if not self._loaded:
-            return State("loading", _("The model is being loaded."))
+            return State("loading")
         if self._silent:
             return State("broken", _("No copy of the model answers."))
-        return State("ready", "")
+        return State("ready")
 
     async def start(self) -> None:
         tokenizer, _multilingual = await asyncio.to_thread(load_tokenizer, self.config.model)
@@ -67,6 +71,7 @@ class RemoteService:
         self._draining = True
         if self._asking:
             self._asking.cancel()
+        self._threads.close()
 
     async def _ask_again(self) -> None:
         while True:
@@ -145,6 +150,10 @@ class RemoteService:
         assert self._tokenizer is not None  # `start` has read it
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
+    async def read(self, function: Callable[[], Made]) -> Made:
+        """As `Service.read`."""
+        return await stored(self._threads, function, self.config.store_seconds)
+
     async def _change(self, name: str, patient: str, *given: Any) -> Any:
         self._refuse_unless_ready()
         # Once: back twice would be too far.
@@ -198,9 +207,8 @@ class RemoteService:
         return self._copies.options(method_name=name, multiplexed_model_id=model, stream=stream)
 
     def _refuse_unless_ready(self) -> None:
-        state = self.state
-        if state.status != "ready":
-            raise ServiceError(503, state.status, state.reason, _("Ask again in a moment."), retry_after=RETRY_SECONDS)
+        if (state := self.state).status != "ready":
+            raise state.refusal
 
 
 async def _answer(response: Any) -> Any:

@@ -123,11 +123,10 @@ class Replica:
     async def changed(self, patient: str) -> None:
         """The person's adapter is another now. Read before this returns, it answers whoever asks afterwards."""
         if self.service.pool is not None:
-            pool = self.service.pool
-            pool.changed(patient)
+            self.service.pool.changed(patient)
             if patient in self.held:
                 with contextlib.suppress(ServiceError):  # where there is none any more, the next request says so
-                    pool.release(await asyncio.to_thread(pool.acquire, patient))
+                    await self.service.warm(patient)
 
     async def transcribe(self, request: SpeechRequest, seconds: float) -> Answer | Refusal | Mistake:
         """`seconds`: left until the deadline, whatever clock that was on."""

@@ -6,15 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from resonance.messages import _
 from resonance.serve import shapes
 from resonance.serve.asking import Who, service_of
-from resonance.serve.faults import ServiceError
 from resonance.serve.shapes import Status, refusals
 
 router = APIRouter(tags=["health"])
 OK: dict[str, Any] = {"status": "ok"}
-WAIT_SECONDS = {"loading": 5, "broken": 30, "draining": 5}
 
 
 @router.get(
@@ -58,12 +55,5 @@ async def metrics(request: Request, caller: Who) -> Response:
 
 def refuse_unless_ready(request: Request) -> None:
     """Raises ServiceError 503 with what keeps the model from answering."""
-    state = service_of(request).state
-    if state.status != "ready":
-        raise ServiceError(
-            503,
-            state.status,
-            state.reason,
-            _("Ask again in a moment.") if state.status != "broken" else _("Tell who runs the service."),
-            retry_after=WAIT_SECONDS[state.status],
-        )
+    if (state := service_of(request).state).status != "ready":
+        raise state.refusal

@@ -5,7 +5,7 @@ Source of the shapes: OpenAI's published OpenAPI document, as the types of the `
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -297,7 +297,7 @@ async def models(request: Request, caller: Who, page: Annotated[Page, Query()]) 
     """OpenAI's list has no pages. This one ends after `limit` adapters and goes on `after` one."""
     data = [] if page.after else [_model(name) for name in base_names(request)]
     after = None if page.after is None else check_patient_id(page.after)
-    found, more = await asyncio.to_thread(_adapters, request, caller, after, page.limit)
+    found, more = await service_of(request).read(lambda: _adapters(request, caller, after, page.limit))
     return JSONResponse({"object": "list", "data": [*data, *found], "has_more": more})
 
 
@@ -339,7 +339,9 @@ async def model(request: Request, model: str, caller: Who) -> JSONResponse:
         return JSONResponse(_model(model))
     patient = voice_of(model, {}, caller, request)
     store = service_of(request).store
-    created = await asyncio.to_thread(_created, store, patient) if store and patient else None
+    created = None
+    if store is not None and patient is not None:
+        created = await service_of(request).read(functools.partial(_created, store, patient))
     if created is None:
         raise model_not_found(model)
     return JSONResponse(_model(model, created))

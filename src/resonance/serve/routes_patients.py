@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from resonance.messages import _
 from resonance.serve import fields, shapes
 from resonance.serve.archives import unpack
-from resonance.serve.asking import MEGABYTE, PatientId, Who, budget_of, config_of, deadline, patient_of, service_of
+from resonance.serve.asking import MEGABYTE, PatientId, Who, config_of, deadline, limits_of, patient_of, service_of
 from resonance.serve.faults import ServiceError
 from resonance.serve.patients import check_patient_id
 from resonance.serve.routes_health import refuse_unless_ready
@@ -59,7 +59,7 @@ async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]
     caller.allow_manage()
     after = None if page.after is None else check_patient_id(page.after)
     store = store_of(request)
-    found = await asyncio.to_thread(store.patients, after, page.limit + 1)
+    found = await service_of(request).read(lambda: store.patients(after, page.limit + 1))
     some, more = found[: page.limit], len(found) > page.limit
     return JSONResponse({"patients": some, "has_more": more, "after": some[-1] if more else None})
 
@@ -73,7 +73,8 @@ async def patients(request: Request, caller: Who, page: Annotated[Page, Query()]
 async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = patient_of(request, patient_id)
     caller.allow(patient)
-    versions = await asyncio.to_thread(store_of(request).versions, patient)
+    store = store_of(request)
+    versions = await service_of(request).read(lambda: store.versions(patient))
     if not versions:
         raise not_found(patient)
     current = next((version.name for version in versions if version.current), None)
@@ -85,7 +86,7 @@ async def adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONR
     summary="Put an adapter in place",
     status_code=201,
     response_model=VersionShape,
-    responses=_responses(201, "Checked, kept, and answering from now on.", 408, 413, 415, 422),
+    responses=_responses(201, "Checked, kept, and answering from now on.", 408, 413, 415, 422, 504),
     openapi_extra=UPLOAD,
 )
 async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
@@ -116,7 +117,7 @@ async def put_adapter(request: Request, patient_id: PatientId, caller: Who) -> J
     "/patients/{patient_id}/adapter/rollback",
     summary="Let an earlier version answer",
     response_model=VersionShape,
-    responses=_responses(200, "The version that answers now.", 408, 413, 422),
+    responses=_responses(200, "The version that answers now.", 408, 413, 422, 504),
     openapi_extra=ROLLBACK,
 )
 async def roll_back(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
@@ -132,7 +133,7 @@ async def roll_back(request: Request, patient_id: PatientId, caller: Who) -> JSO
     "/patients/{patient_id}/adapter",
     summary="Delete a person's adapter, all versions",
     response_model=Deleted,
-    responses=_responses(200, "Nothing of it is left."),
+    responses=_responses(200, "Nothing of it is left.", 504),
 )
 async def delete_adapter(request: Request, patient_id: PatientId, caller: Who) -> JSONResponse:
     patient = patient_of(request, patient_id)
@@ -167,9 +168,9 @@ def shape(version: VersionInfo) -> dict[str, Any]:
 
 
 async def _wanted(request: Request) -> Rollback:
-    until, budget = deadline(config_of(request)), budget_of(request)
+    limits = limits_of(request, deadline(config_of(request)))
     try:
-        body = await read_body(request, max_bytes=MAX_ROLLBACK_BYTES, deadline=until, budget=budget)
+        body = await read_body(request, max_bytes=MAX_ROLLBACK_BYTES, **limits)
     except ServiceError as error:
         if error.code != "body_empty":
             raise
@@ -182,10 +183,10 @@ async def _wanted(request: Request) -> Rollback:
 
 async def _packed(request: Request, most: int) -> bytes:
     """The zip file: the body itself, or the file of a form."""
-    until, budget = deadline(config_of(request)), budget_of(request)
+    limits = limits_of(request, deadline(config_of(request)))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        form = await read_form(request, max_file_bytes=most, deadline=until, budget=budget)
+        form = await read_form(request, max_file_bytes=most, **limits)
         fields.only_known(form.fields, ["file"])
         assert form.file is not None  # read_form has refused it otherwise
         return form.file.data
@@ -196,4 +197,4 @@ async def _packed(request: Request, most: int) -> bytes:
             _("The body is no zip file: its Content-Type is {found}.").format(found=fields.shown(kind or "-")),
             _("Send the adapter folder as a zip file, as application/zip."),
         )
-    return await read_body(request, max_bytes=most, deadline=until, budget=budget)
+    return await read_body(request, max_bytes=most, **limits)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,17 +20,18 @@ from resonance.config_types import memory_bytes
 from resonance.errors import ResonanceError
 from resonance.messages import _
 from resonance.serve.admission import Admission, Place
-from resonance.serve.batcher import Batcher, Engine, broken, not_ready
+from resonance.serve.batcher import Batcher, Engine
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
-from resonance.serve.faults import ServiceError, draining
-from resonance.serve.hearing import Hearing, no_adapters
+from resonance.serve.faults import ServiceError, deadline_passed, draining, not_ready, store_unreachable
+from resonance.serve.hearing import Hearing, give_back, no_adapters
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, SpeechRequest, Upload
+from resonance.serve.state import State
 from resonance.serve.store import AdapterStore, VersionInfo
 from resonance.serve.threads import Threads
-from resonance.serve.until import Until
+from resonance.serve.until import Until, in_time, stored
 from resonance.transcribe.mixed_engine import Row, load_mixed
 from resonance.transcribe.recognizer import DecodeSettings, TimedText
 from resonance.units import SAMPLE_RATE
@@ -44,16 +45,7 @@ UPLOAD_BYTES_PER_SECOND = 2 * SAMPLE_RATE
 BATCH_SHARE = 0.6  # of the time in which the model has to say that it is there, for a batch before that
 STUCK_READY = 3  # a batch that takes so many times that, and far more than batches have taken so far, never ends
 STUCK_DEADLINES = 2  # nor does one that takes so many times the deadline of a request
-LOADING_SECONDS = 5  # after which to ask again
 CLOSING_SECONDS = 5.0  # for the end of the batch under way when nobody waits for it any more
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Whether requests are taken, and why not."""
-
-    status: Literal["loading", "ready", "broken", "draining"]
-    reason: str
 
 
 class Service:
@@ -109,13 +101,13 @@ class Service:
     @property
     def state(self) -> State:
         if self._draining:
-            return State("draining", _("The service is about to stop."))
+            return State("draining")
         if self._failure is not None:
             return State("broken", self._failure)
         if self._loaded is None:
-            return State("loading", _("The model is being loaded."))
+            return State("loading")
         fault = self._loaded.batcher.fault
-        return State("broken", fault) if fault else State("ready", "")
+        return State("broken", fault) if fault else State("ready")
 
     @property
     def base_name(self) -> str:
@@ -137,7 +129,7 @@ class Service:
     async def check(self) -> None:
         """Return when the model has answered, if only to silence. Raises ServiceError 503."""
         if self._draining or self._loaded is None:
-            raise self._refusal()
+            raise self.state.refusal
         seconds = self.config.ready_seconds
         asked = self._loaded.batcher.check(fresh_seconds=seconds)
         try:
@@ -223,7 +215,18 @@ class Service:
             finally:
                 pool.changed(patient)
 
-        return await asyncio.wrap_future(self._threads.write(changed))
+        return await in_time(self._threads.write(changed), self.config.deadline_seconds, deadline_passed)
+
+    async def read(self, function: Callable[[], Made]) -> Made:
+        """What `function` finds where the adapters are. Raises ServiceError 503 where nothing answers there."""
+        return await stored(self._threads, function, self.config.store_seconds)
+
+    async def warm(self, patient: str) -> None:
+        """Let the adapter of `patient` be in memory. Raises ServiceError where it cannot be."""
+        if self.pool is not None:
+            coming = self.pool.ask(patient, self._threads.read)
+            coming.add_done_callback(functools.partial(give_back, self.pool))
+            await in_time(coming, self.config.store_seconds, store_unreachable)
 
     async def _make_ready(self) -> None:
         batcher: Batcher | None = None
@@ -240,7 +243,14 @@ class Service:
             if self.pool is not None:
                 self.metrics.watch_pool(self.pool.stats)
             self._loaded = Hearing(
-                engine, self.pool, batcher, self._decoder, self._threads, self.config.language, self._kept
+                engine,
+                self.pool,
+                batcher,
+                self._decoder,
+                self._threads,
+                self.config.language,
+                self.config.store_seconds,
+                self._kept,
             )
         except Exception as error:
             if not isinstance(error, ResonanceError):
@@ -248,7 +258,7 @@ class Service:
             self._failure = str(error) if isinstance(error, ResonanceError) else f"{type(error).__name__}: {error}"
         finally:
             if batcher is not None and self._loaded is None:
-                batcher.close(self._refusal)
+                batcher.close(lambda: self.state.refusal)
 
     def _batcher(self, engine: Engine) -> Batcher:
         config = self.config
@@ -267,22 +277,8 @@ class Service:
     def _working(self) -> Hearing:
         """Raises ServiceError where no request can be taken."""
         if self._loaded is None or self.state.status != "ready":
-            raise self._refusal()
+            raise self.state.refusal
         return self._loaded
-
-    def _refusal(self) -> ServiceError:
-        state = self.state
-        if state.status == "draining":
-            return draining()
-        if state.status == "loading":
-            return ServiceError(
-                503,
-                "loading",
-                state.reason,
-                _("Send it again after the seconds that Retry-After gives."),
-                retry_after=LOADING_SECONDS,
-            )
-        return broken(state.reason)
 
     @contextlib.contextmanager
     def _admitted(self, request: SpeechRequest) -> Iterator[Place]:

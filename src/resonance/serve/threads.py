@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -10,21 +11,33 @@ from typing import Any, TypeVar
 
 Made = TypeVar("Made")
 
-READERS = 32  # threads that wait for the storage of adapters to be read
+READERS = 32  # threads that wait for adapters to be read
+LISTERS = 8  # and for what else is asked of where adapters lie: who has one, which versions there are
+WAITING = 256  # calls that may wait for one of them; a place that hangs would collect any number
 WRITERS = 4  # and for what is written there, or kept of recordings
 CUTTERS = 2  # threads that compute a little: they cut recordings into windows
+
+
+class BusyError(RuntimeError):
+    """All threads have work, and more is waiting than may."""
 
 
 class Threads:
     """Those that wait for something or compute a little."""
 
     def __init__(self) -> None:
-        self._readers, self._writers = Daemons(READERS, "resonance-read"), Daemons(WRITERS, "resonance-write")
+        self._readers = Daemons(READERS, "resonance-read", WAITING)
+        self._listers = Daemons(LISTERS, "resonance-list", WAITING)
+        self._writers = Daemons(WRITERS, "resonance-write")
         self._cutters = ThreadPoolExecutor(CUTTERS, "resonance-cut")
 
     def read(self, function: Callable[[], Made]) -> Future[Made]:
-        """From storage."""
+        """An adapter from storage. Raises BusyError."""
         return self._readers.submit(function)
+
+    def list(self, function: Callable[[], Made]) -> Future[Made]:
+        """What storage knows of adapters. Raises BusyError."""
+        return self._listers.submit(function)
 
     def write(self, function: Callable[[], Made]) -> Future[Made]:
         """To storage."""
@@ -37,16 +50,17 @@ class Threads:
     def close(self) -> None:
         """What waits for a thread is cancelled, what is under way goes on."""
         self._readers.close()
+        self._listers.close()
         self._writers.close()
         self._cutters.shutdown(wait=False, cancel_futures=True)
 
 
 class Daemons:
     """As many threads as there is work, up to `most`. Unlike those of a ThreadPoolExecutor they do not keep the process
-    alive."""
+    alive. most_waiting: calls that may wait for a thread."""
 
-    def __init__(self, most: int, name: str) -> None:
-        self._most, self._name = most, name
+    def __init__(self, most: int, name: str, most_waiting: float = math.inf) -> None:
+        self._most, self._name, self._most_waiting = most, name, most_waiting
         self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -54,11 +68,13 @@ class Daemons:
         self._closed = False
 
     def submit(self, function: Callable[[], Made]) -> Future[Made]:
-        """Raises RuntimeError where it is closed."""
+        """Raises BusyError where too much is waiting, RuntimeError where it is closed."""
         future: Future[Made] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._name} is closed")
+            if -self._free >= self._most_waiting:
+                raise BusyError(self._name)
             if self._free <= 0 and self._threads < self._most:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()

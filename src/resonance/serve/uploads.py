@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import unicodedata
 import urllib.parse
@@ -28,7 +29,6 @@ FIELD_BYTES = 1 << 16  # of one field: a list of phrases; and of all that is not
 FIELDS = 64
 NAME_CHARACTERS = 100
 LISTED_NAMES = 5
-IDLE_SECONDS = 20.0
 
 
 @dataclass
@@ -86,7 +86,7 @@ async def read_form(
     file_field: str = "file",
     file_needed: bool = True,
     budget: ReadingBudget | None = None,
-    idle_seconds: float = IDLE_SECONDS,
+    idle_seconds: float = math.inf,
 ) -> Form:
     """The form of a request. `deadline` is on the clock of time.monotonic().
 
@@ -141,7 +141,7 @@ async def read_body(
     max_bytes: int,
     deadline: float,
     budget: ReadingBudget | None = None,
-    idle_seconds: float = IDLE_SECONDS,
+    idle_seconds: float = math.inf,
 ) -> bytes:
     """The body as it is, such as an archive. Raises ServiceError: 400 body_empty, 408 upload_too_slow,
     413 upload_too_large, 503 too_many_uploads."""

@@ -305,7 +305,8 @@ def test_the_audit_log_has_who_was_refused(running: Any) -> None:
 
 
 def test_who_says_nothing_is_not_waited_for(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "IDLE_SECONDS", 0.2)
+    hasty = running.config.model_copy(update={"idle_seconds": 0.2})
+    monkeypatch.setitem(running.server.config.app.state._state, "config", hasty)
     assert talk(running, START, [])[-1]["error"]["code"] == "idle"
 
 
