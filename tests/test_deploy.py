@@ -21,7 +21,6 @@ import yaml
 from resonance.config_io import parse
 from resonance.config_serve import ServeConfig
 from resonance.config_types import memory_bytes
-from resonance.serve.command import KEEP_ALIVE_SECONDS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 MEGABYTE = 1_000_000
@@ -340,7 +339,7 @@ def test_nginx_lets_through_what_the_service_takes() -> None:
             assert seconds(place.value("proxy_read_timeout", server)[0]) > config.deadline_seconds
     (upstream,) = (block for block in nginx().blocks if block.name[0] == "upstream")
     assert upstream.settings["server"] == (f"resonance:{config.port}",)
-    assert seconds(upstream.settings["keepalive_timeout"][0]) < KEEP_ALIVE_SECONDS
+    assert seconds(upstream.settings["keepalive_timeout"][0]) < config.idle_seconds
     assert places["location", "/"].settings["proxy_pass"] == (f"http://{upstream.name[1]}",)
 
 

@@ -502,7 +502,7 @@ def test_a_copy_reads_no_adapter_for_who_is_not_admitted(scripted: Scripted, ada
         engine = scripted()
         async with running(service_of(engine, adapters, max_queued_seconds=1.5)) as service:
             copy = Replica.__new__(Replica)
-            copy.service, copy.held = service, set()
+            copy.service, copy.held, copy.key = service, set(), b"key"
             task = await busy(service, engine)
             refusal = await copy.transcribe(request(clip(1), "ann"), 60.0)
             assert isinstance(refusal, Refusal) and refusal.code == "too_busy"
