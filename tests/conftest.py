@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a model hub for anything
 # Threads wait for each other after every operation. On a busy machine one of the tiny model's takes 9 ms with two, 0.02
 # with one.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parent))  # of `forked`, also for its processes
 
 LANGUAGES = ("en", "zh", "de")
 
