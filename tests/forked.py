@@ -61,11 +61,8 @@ class Forked:
         assert self.process.pid is not None
         self.pid: int = self.process.pid
 
-    @property
-    def returncode(self) -> int | None:
+    def poll(self) -> int | None:
         return self.process.exitcode
-
-    poll = returncode.fget
 
     def wait(self, timeout: float | None = None) -> int:
         self.process.join(timeout)
