@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -313,8 +314,18 @@ def tuned_run(openai_shaped: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def aws_descriptions() -> Iterator[None]:
+    """Whoever talks to AWS reads a megabyte or more of JSON that describes its services, here each file only once."""
+    loaders = pytest.importorskip("botocore.loaders")
+    read = functools.cache(loaders.JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders.JSONFileLoader, "load_file", lambda self, path: read(path))
+        yield
+
+
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def s3(aws_descriptions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The address of a server that speaks S3, with the bucket “voices”."""
     s3fs = pytest.importorskip("s3fs")
     s3fs.S3FileSystem.clear_instance_cache()  # an older one would ask the server of another test
