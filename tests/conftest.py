@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # of `forked`, also for its processes
 
 LANGUAGES = ("en", "zh", "de")
+
+
+def leave_out_of_collections() -> None:
+    """All objects there are. A search for garbage takes half a second with those of the libraries, and each training asks
+    for two."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    leave_out_of_collections()
 
 
 def shared_folder() -> Path:
@@ -149,6 +161,7 @@ def build_tiny_whisper(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
+    leave_out_of_collections()  # what has been imported since
     return folder
 
 
@@ -217,6 +230,7 @@ def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("finished")
     labels = write_recordings(folder / "recordings", 12, (0.4, 1.2))
     assert run(train_command(tiny_model, labels, folder / "run")) == 0
+    leave_out_of_collections()
     return folder / "run"
 
 
@@ -311,6 +325,7 @@ def tuned_run(openai_shaped: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     labels = write_recordings(folder / "recordings", 8, (0.4, 1.2))
     flags = ("--language=en", "--context_alignment_steps=0", "--target_modules=all-linear", "--eval_strategy=no")
     assert run(train_command(openai_shaped, labels, folder / "run", *flags)) == 0
+    leave_out_of_collections()
     return folder / "run"
 
 

@@ -9,6 +9,7 @@ tests of that start a new Python.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -90,6 +91,7 @@ def run(arguments: Sequence[object], folder: Path, **environment: str) -> subpro
 def _begin(
     arguments: list[str], directory: str, environment: dict[str, str], out: str, errors: str, new_session: bool
 ) -> None:
+    gc.freeze()  # searches for garbage leave out what was imported
     if new_session:
         os.setsid()
     for number, path in ((1, out), (2, errors)):
