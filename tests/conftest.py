@@ -26,6 +26,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 sys.path.insert(0, str(Path(__file__).parent))  # of `forked`, also for its processes
 
+gc.disable()  # until everything is imported
+
+LONGEST = ("test_processes.py", "test_crash.py", "test_benchmarks.py", "test_nano.py", "test_transcribe_resume.py")
 LANGUAGES = ("en", "zh", "de")
 
 
@@ -36,7 +39,13 @@ def leave_out_of_collections() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that no process of several is left with one when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
+    gc.enable()
     leave_out_of_collections()
 
 

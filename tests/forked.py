@@ -3,7 +3,7 @@
 A new Python takes about five seconds of processor time until it has imported torch and transformers. These are forked from a
 server that has: each is a real process with its own signals, exit code, working directory and environment, and begins in a tenth
 of a second. Pythons that it starts in turn are forked from it. What they do not show is what happens while libraries are imported;
-tests of that start a new Python.
+tests of that start a new Python. Elsewhere than on Linux each is a new Python.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from multiprocessing import process as started
 from pathlib import Path
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "resonance.finetune",
-        "resonance.evaluate.evaluation",
-        "resonance.transcribe.output",
-        "transformers.models.whisper.modeling_whisper",
-        "torch.distributed.launcher.api",
-    ]
-)
+FORKS = sys.platform == "linux"
+SERVER = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+if FORKS:
+    SERVER.set_forkserver_preload(
+        [
+            "resonance.finetune",
+            "resonance.evaluate.evaluation",
+            "resonance.transcribe.output",
+            "transformers.models.whisper.modeling_whisper",
+            "torch.distributed.launcher.api",
+        ]
+    )
 EXECUTE = subprocess.Popen._execute_child
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # p: parent, c: child
 
@@ -98,7 +100,8 @@ def _begin(
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, number)
         os.close(file)
-    subprocess.Popen._execute_child = _fork_python  # type: ignore[method-assign]
+    if FORKS:
+        subprocess.Popen._execute_child = _fork_python
     _become(arguments, directory, environment)
 
 
@@ -109,8 +112,9 @@ def _become(arguments: list[str], directory: str, environment: dict[str, str]) -
     os.environ.update(environment)
     random.seed()
     multiprocessing.set_start_method(None, force=True)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: PTH123, SIM115
-    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", encoding=encoding, buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     importlib.invalidate_caches()
     if any(Path(path, "sitecustomize.py").is_file() for path in sys.path[:2]):
@@ -145,7 +149,7 @@ def _fork_python(popen: Any, *given: Any) -> None:
 
 
 def _forked(arguments: list[str], asked: dict[str, Any]) -> None:
-    subprocess.Popen._execute_child = EXECUTE  # type: ignore[method-assign]
+    subprocess.Popen._execute_child = EXECUTE
     if asked["start_new_session"]:
         os.setsid()
     for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
@@ -159,6 +163,6 @@ def _forked(arguments: list[str], asked: dict[str, Any]) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     # What the parent would clean up is its own.
     atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    weakref.finalize._registry.clear()
+    weakref.finalize._registered_with_atexit = False
     _become(arguments, asked["cwd"] or str(Path.cwd()), dict(asked["env"] or os.environ))

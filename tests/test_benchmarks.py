@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
+
+import forked
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -15,10 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import crash_training
 import pytest
-from forked import SERVER
 
+import crash_training
+from forked import SERVER
 from resonance.model.checkpoints import COMPLETE_FILE
 from resonance.model.runs import RunFolder, read_events
 

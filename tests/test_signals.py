@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from forked import Forked
 
+from forked import Forked
 from resonance import cli
 from resonance.cli import run
 from resonance.data.audio import iter_blocks

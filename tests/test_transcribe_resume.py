@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import forked
 import pytest
 
+import forked
 from resonance.cli import run
 
 pytestmark = [

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from forked import Forked
 from safetensors.torch import load_file
 
+from forked import Forked
 from resonance.model.runs import RunFolder, read_events
 
 pytestmark = [

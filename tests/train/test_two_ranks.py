@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked
 from safetensors.torch import load_file
+
+from forked import Forked
 
 RANKS = 2
 SCRIPT = Path(__file__).with_name("training.py")
