@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX"),
     pytest.mark.usefixtures("short_answers"),
 ]
-COUNT = 24
+COUNT = 44
 
 
 @pytest.fixture
