@@ -35,8 +35,8 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	@# Files side by side; four at most, because each takes a gigabyte or so.
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@# Files side by side, the longest first (tests/conftest.py); four at most, because each takes a gigabyte or so.
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 format: setup
 	$(BIN)/ruff check --fix .

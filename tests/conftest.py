@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,7 +24,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a model hub for anything
 # with one.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parent))  # of `forked`, also for its processes
+
+gc.disable()  # until everything is imported
+
+LONGEST = ("test_processes.py", "test_crash.py", "test_benchmarks.py", "test_nano.py", "test_transcribe_resume.py")
 LANGUAGES = ("en", "zh", "de")
+
+
+def leave_out_of_collections() -> None:
+    """All objects there are. A search for garbage takes half a second with those of the libraries, and each training asks
+    for two."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that no process of several is left with one when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    leave_out_of_collections()
 
 
 def shared_folder() -> Path:
@@ -145,6 +170,7 @@ def build_tiny_whisper(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
+    leave_out_of_collections()  # what has been imported since
     return folder
 
 
@@ -213,6 +239,7 @@ def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("finished")
     labels = write_recordings(folder / "recordings", 12, (0.4, 1.2))
     assert run(train_command(tiny_model, labels, folder / "run")) == 0
+    leave_out_of_collections()
     return folder / "run"
 
 
@@ -307,11 +334,22 @@ def tuned_run(openai_shaped: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     labels = write_recordings(folder / "recordings", 8, (0.4, 1.2))
     flags = ("--language=en", "--context_alignment_steps=0", "--target_modules=all-linear", "--eval_strategy=no")
     assert run(train_command(openai_shaped, labels, folder / "run", *flags)) == 0
+    leave_out_of_collections()
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def aws_descriptions() -> Iterator[None]:
+    """Whoever talks to AWS reads a megabyte or more of JSON that describes its services, here each file only once."""
+    loaders = pytest.importorskip("botocore.loaders")
+    read = functools.cache(loaders.JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders.JSONFileLoader, "load_file", lambda self, path: read(path))
+        yield
+
+
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def s3(aws_descriptions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The address of a server that speaks S3, with the bucket “voices”."""
     s3fs = pytest.importorskip("s3fs")
     s3fs.S3FileSystem.clear_instance_cache()  # an older one would ask the server of another test

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forked
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def run(name: str, *arguments: object, out: Path) -> tuple[list[str], dict[str, Any]]:
     """The lines that a benchmark prints and the result that it writes."""
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run([BENCHMARKS / name, *arguments, "--out", out], out.parent)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["commit"] and result["hardware"]["cores"] and result["versions"]["torch"]
@@ -75,8 +73,8 @@ def test_startup_ends_in_seconds(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_a_gpu_is_not_made_up_where_there_is_none(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "memory_plan.py"), "--out", str(tmp_path / "r.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    given = [BENCHMARKS / "memory_plan.py", "--out", tmp_path / "r.json"]
+    done = forked.run(given, tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "no CUDA GPU" in done.stderr
     assert not (tmp_path / "r.json").exists()
 

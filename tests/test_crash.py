@@ -1,34 +1,30 @@
 """Killed at any moment and continued, a training ends with the same bits as one that never was.
 
-Trainings are forked from a server that has imported everything: each begins in a tenth of a second, so that many can be killed.
+Trainings are forked from a server that has imported everything (`forked.py`), so that many can be killed.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import crash_training
+from forked import SERVER
 from resonance.model.checkpoints import COMPLETE_FILE
 from resonance.model.runs import RunFolder, read_events
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and kills as Unix does")
 KILLS = 20
 SECONDS_AT_MOST = 120
-sys.path.insert(0, str(Path(__file__).parent))  # new processes get it too
-import crash_training  # noqa: E402
-
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["resonance.finetune"])
 SETTINGS: dict[str, Any] = {
     "language": "en",
     "max_steps": 90,
@@ -48,8 +44,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def start(given: dict[str, Any], out: Path) -> multiprocessing.process.BaseProcess:
-    process = FORKING.Process(
+def start(given: dict[str, Any], out: Path) -> BaseProcess:
+    process = SERVER.Process(
         target=crash_training.train,
         args=({**given, "output_dir": out, "resume": out.exists()}, str(out.with_suffix(".log"))),
     )

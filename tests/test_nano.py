@@ -17,7 +17,7 @@ from resonance.model.runs import RunFolder
 FLAGS = [
     "--target_modules=all-linear",
     "--max_steps=40",
-    "--save_steps=20",
+    "--save_steps=10",
     "--validation_split=0",
     "--dataloader_num_workers=0",
     "--logging_steps=20",
@@ -84,7 +84,7 @@ def test_both_languages_are_told_apart_without_being_named(learned: Path, tmp_pa
     assert right >= 0.9 * len(rows)
 
 
-def test_a_run_that_was_killed_half_way_ends_understanding_the_same(
+def test_a_run_that_was_killed_on_its_way_ends_understanding_the_same(
     learned: Path, tmp_path: Path, report: dict[str, Any]
 ) -> None:
     broken = tmp_path / "run"
@@ -92,7 +92,7 @@ def test_a_run_that_was_killed_half_way_ends_understanding_the_same(
     shutil.rmtree(broken / "adapter")
     (broken / "checkpoints" / "checkpoint-40" / COMPLETE_FILE).unlink()
     latest = RunFolder(broken).latest_checkpoint()
-    assert latest and latest.name == "checkpoint-20"
+    assert latest and latest.name == "checkpoint-30"
     assert train(SPEAKER / "train.json", broken, "--resume") == 0
     out = tmp_path / "texts.json"
     audio = [row["audio"] for row in report["rows"]]

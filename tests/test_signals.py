@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from forked import Forked
 from resonance import cli
 from resonance.cli import run
 from resonance.data.audio import iter_blocks
@@ -113,15 +113,7 @@ def test_a_step_whose_measuring_was_stopped_is_measured_on_resuming_and_can_be_t
     assert found == pytest.approx(expected)
 
 
-def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """`resonance …` in a process group of its own, as a terminal starts it."""
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "resonance", *command], stdout=stream, stderr=stream, start_new_session=True
-        )
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(condition: Callable[[], object], process: Forked, log: Path) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -138,7 +130,8 @@ def test_ctrl_c_in_a_terminal_reaches_the_loader_s_processes_too_and_none_compla
     tmp_path: Path, recordings: Callable[..., Path], tiny_model: Path
 ) -> None:
     folder, log = tmp_path / "run", tmp_path / "log.txt"
-    process = started(long_training(tiny_model, recordings(count=40), folder, workers=2), log)
+    command = ["-m", "resonance", *long_training(tiny_model, recordings(count=40), folder, workers=2)]
+    process = Forked(command, out=log, new_session=True)  # a process group of its own, as a terminal gives it
     try:
         wait_for(lambda: (folder / "events.jsonl").exists() and len(steps(folder, "loss")) > 3, process, log)
         os.killpg(process.pid, signal.SIGINT)
@@ -170,11 +163,10 @@ def test_a_second_signal_ends_at_once(
         "run(sys.argv[1:])\n"
     )
     command = long_training(tiny_model, recordings(), tmp_path / "run", workers=0)
-    process = subprocess.Popen([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = tmp_path / "log.txt"
+    process = Forked(["-c", script, *command], out=log)
     try:
-        assert process.stdout
-        while b"stuck" not in process.stdout.readline():
-            assert process.poll() is None
+        wait_for(lambda: log.exists() and "stuck" in log.read_text(), process, log)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert process.poll() is None  # waits for the step
@@ -182,8 +174,8 @@ def test_a_second_signal_ends_at_once(
         assert process.wait(timeout=5) == -signal.SIGTERM
     finally:
         process.kill()
-        _out, said = process.communicate()
-    assert b"Traceback" not in said
+        process.wait()
+    assert "Traceback" not in log.read_text()
 
 
 def test_sigterm_while_transcribing_leaves_nothing_half_written(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked
 from resonance.cli import run
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -197,19 +198,15 @@ def test_a_name_that_the_screen_cannot_write_is_escaped(
     for name in ("我.wav", "é.wav"):
         shutil.copy(audio[0], tmp_path / name)
     command = ["transcribe", "--model_path", str(finished_run), "--audio_path", str(tmp_path), *flags]
-    done = subprocess.run(
-        [sys.executable, "-m", "resonance", *command],
-        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
-        capture_output=True,
-        text=True,
-        encoding="cp1252",
-        timeout=120,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    screen = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = Forked(["-m", "resonance", *command], out=out, errors=errors, environment=screen)
+    assert (done.wait(timeout=120), errors.read_text()) == (0, "")
+    shown = out.read_text(encoding="cp1252")
     if flags:
-        assert {Path(row["audio_path"]).name for row in json.loads(done.stdout)} == {"我.wav", "é.wav"}
+        assert {Path(row["audio_path"]).name for row in json.loads(shown)} == {"我.wav", "é.wav"}
     else:
-        assert "\\u6211.wav\t" in done.stdout and "é.wav\t" in done.stdout
+        assert "\\u6211.wav\t" in shown and "é.wav\t" in shown
 
 
 def test_long_recordings_of_real_speech_are_read_to_their_end(

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import forked
 from resonance.cli import run
 
 pytestmark = [
@@ -43,18 +44,20 @@ def command(model: Path, audio: list[Path], tmp_path: Path, *flags: object) -> l
     return ["transcribe", "--model_path", str(model), *map(str, flags)]
 
 
-def started(arguments: list[str], rank: int | None = None, world: int = 2) -> subprocess.Popen[str]:
-    environment = dict(os.environ)
-    if rank is not None:
-        environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "resonance", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+class Started:
+    """`resonance ARGUMENTS` in the background."""
+
+    def __init__(self, arguments: list[str], rank: int | None = None, world: int = 2) -> None:
+        place = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
+        self.out, self.err = folder / "out", folder / "err"
+        command = ["-m", "resonance", *arguments]
+        self.process = forked.Forked(command, out=self.out, errors=self.err, environment={**os.environ, **place})
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, and what was printed."""
+        code = self.process.wait(timeout=120)
+        return code, self.out.read_text(encoding="utf-8"), self.err.read_text(encoding="utf-8")
 
 
 def complaints(err: str) -> list[str]:
@@ -62,15 +65,14 @@ def complaints(err: str) -> list[str]:
     return [line for line in err.splitlines() if " s of audio in 1 s" not in line]
 
 
-def kill_when(process: subprocess.Popen[str], journal: Path) -> list[str]:
+def kill_when(started: Started, journal: Path) -> list[str]:
     """SIGKILL once `journal` has rows. Returns the recordings in it."""
     until = time.monotonic() + 120
     while not (journal.is_file() and journal.stat().st_size):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        assert started.process.poll() is None and time.monotonic() < until, started.end()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
-    process.communicate()
+    started.process.kill()
+    assert started.process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line)["audio_path"] for line in lines if line.endswith("\n")]
 
@@ -95,7 +97,7 @@ def test_killed_at_any_moment_a_run_loses_only_what_was_under_way(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = command(tiny_model, audio, tmp_path, *flags)
-    done = kill_when(started(arguments), Path(journal))
+    done = kill_when(Started(arguments), Path(journal))
     assert 0 < len(done) < COUNT
     for path in done:  # whatever is transcribed again would be missed now
         Path(path).unlink()
@@ -118,17 +120,16 @@ def test_two_processes_share_the_work_and_one_that_was_killed_is_started_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = command(tiny_model, audio, tmp_path, "--output_file", "out/x.json")
-    first, second = started(arguments, 0), started(arguments, 1)
+    first, second = Started(arguments, 0), Started(arguments, 1)
     done = kill_when(first, Path("out/x.json.rank0-of-2.jsonl"))
     assert set(done) <= {str(path) for path in audio[0::2]} and len(done) < COUNT // 2
-    out, err = second.communicate(timeout=120)
-    assert (second.returncode, out, complaints(err)) == (0, "", [])
+    code, out, err = second.end()
+    assert (code, out, complaints(err)) == (0, "", [])
     assert not Path("out/x.json").exists()
     for path in [*done, *audio[1::2]]:
         Path(path).unlink()
-    first = started(arguments, 0)
-    out, err = first.communicate(timeout=120)
-    assert (first.returncode, complaints(err)) == (0, []) and f"{COUNT} texts" in out
+    code, out, err = Started(arguments, 0).end()
+    assert (code, complaints(err)) == (0, []) and f"{COUNT} texts" in out
     rows = json.loads(Path("out/x.json").read_text(encoding="utf-8"))
     assert [row["audio_path"] for row in rows] == [str(path) for path in audio]
     assert {path.name for path in Path("out").iterdir()} == {"x.json", ".x.json.settings.json"}

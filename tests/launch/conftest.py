@@ -88,7 +88,7 @@ def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cloud(keys: None) -> Iterator[Any]:
+def cloud(keys: None, aws_descriptions: None) -> Iterator[Any]:
     """AWS as moto plays it, with the bucket `voices`, which holds three recordings in `anna/`. Gives the S3 client."""
     pytest.importorskip("sagemaker.core", reason="needs sagemaker-core: pip install 'resonance-asr[sagemaker]'")
     moto = pytest.importorskip("moto", reason="needs moto: pip install 'moto[s3]'")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from forked import Forked
 from resonance.cli import run
 from resonance.errors import ConfigError, ManifestError
 from resonance.launch import metrics, source
@@ -32,7 +33,7 @@ from resonance.model.adapters import read_info
 from resonance.model.runs import RunFolder, read_events
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-ENTRY = [sys.executable, "-m", "resonance.sagemaker_entry"]
+ENTRY = ["-m", "resonance.sagemaker_entry"]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="containers run Linux")
 SHORT = {
     "max_steps": 4,
@@ -147,8 +148,7 @@ def test_a_job_that_is_interrupted_goes_on_from_its_checkpoint_in_a_new_containe
     settings = {**SHORT, "max_steps": 40, "save_steps": 4, "eval_strategy": "no", "validation_split": 0}
     inside.write_hyperparameters(model_name_or_path=tiny_model, language="en", **settings)
     run_folder = RunFolder(inside.root / "checkpoints")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(ENTRY, env=inside.environment, stdout=log, stderr=log, cwd=inside.root)
+    process = Forked(ENTRY, out=tmp_path / "log", environment=inside.environment)
     try:
         deadline = time.monotonic() + 120
         while len(loss_steps(inside)) < 6 or run_folder.latest_checkpoint() is None:

@@ -240,7 +240,8 @@ def test_64_clients_with_bad_audio_and_adapters_that_come_and_go_are_all_answere
             await asyncio.gather(*map(client, range(clients)))
             done.set()
             await changing
-            assert len(found) == clients * each and found.count("text") > clients * each * 0.7
+            # A twentieth is not audio; a quarter asks for guests, who on a busy machine are hardly ever there.
+            assert len(found) == clients * each and found.count("text") > clients * each * 0.6
             assert "audio_unreadable" in found
             assert metric(service, "resonance_failed_windows_total") == 0
             assert metric(service, "resonance_queued_audio_seconds") == 0

@@ -1,4 +1,8 @@
-"""`resonance train --nproc 2`: the same result as one process, whatever happens to one of the two."""
+"""`resonance train --nproc 2`: the same result as one process, whatever happens to one of the two.
+
+The training that all others are compared with is started as users start it; the others are forked (`forked.py`), the launcher
+from a server, and from it the processes that train.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import Forked
 from resonance.model.runs import RunFolder, read_events
 
 pytestmark = [
@@ -36,22 +41,30 @@ TWO = ["--nproc=2", "--per_device_train_batch_size=2"]
 
 
 class Training:
-    """`resonance train` in the background, with what it prints in a file."""
+    """`resonance train` in the background, with what it prints in a file. `on`: what runs modules there."""
 
     def __init__(
-        self, folder: Path, name: str, arguments: list[str], *, on: Sequence[str] = (), **environment: str
+        self,
+        folder: Path,
+        name: str,
+        arguments: list[str],
+        *,
+        on: Sequence[str] = ("-m",),
+        fresh: bool = False,
+        **environment: str,
     ) -> None:
         self.out = folder / name
         self.log = folder / f"{name}.log"
-        command = [*on, sys.executable, "-m", "resonance", "train", *arguments, "--output_dir", str(self.out)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        command = [*on, "resonance", "train", *arguments, "--output_dir", str(self.out)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+        self.process: Forked | subprocess.Popen[bytes]
+        if fresh:
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, *command], env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+        else:
+            self.process = Forked(command, out=self.log, environment=environment, new_session=True)
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -66,20 +79,16 @@ class Training:
             time.sleep(0.05)
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of that rank."""
+        """The process of that rank, of two: the launcher starts them in order."""
         found: list[psutil.Process] = []
 
         def seen() -> bool:
-            for child in psutil.Process(self.process.pid).children():
-                try:
-                    if child.environ().get("RANK") == str(number):
-                        found.append(child)
-                except psutil.Error:  # it has just begun or just ended
-                    continue
-            return bool(found)
+            children = psutil.Process(self.process.pid).children()
+            found[:] = sorted(children, key=lambda child: (child.create_time(), child.pid))
+            return len(found) == 2
 
         self.until(seen)
-        return found[0]
+        return found[number]
 
     def checkpoint(self, step: int) -> bool:
         return (self.out / "checkpoints" / f"checkpoint-{step}" / "complete.json").is_file()
@@ -112,9 +121,9 @@ def train(
     labels.write_text(json.dumps(rows), encoding="utf-8")
     started: list[Training] = []
 
-    def start(name: str, *arguments: str, on: Sequence[str] = (), **environment: str) -> Training:
-        given = ["--train_file", str(labels), "--model_name_or_path", str(tiny_model), *PLAIN, *arguments]
-        started.append(Training(folder, name, given, on=on, **environment))
+    def start(name: str, *arguments: str, **given: Any) -> Training:
+        command = ["--train_file", str(labels), "--model_name_or_path", str(tiny_model), *PLAIN, *arguments]
+        started.append(Training(folder, name, command, **given))
         return started[-1]
 
     yield start
@@ -129,7 +138,7 @@ def train(
 @pytest.fixture(scope="module")
 def whole(train: Callable[..., Training]) -> Training:
     """A training by two processes that nothing disturbed."""
-    both = train("both", *TWO)
+    both = train("both", *TWO, fresh=True)
     assert both.end() == 0, both.said()
     return both
 
@@ -297,9 +306,17 @@ def test_what_cannot_work_is_said_once_and_not_tried_again(train: Callable[..., 
     assert missing.said().count("missing.json") == 1 and "Traceback" not in missing.said()
 
 
+ENTER = """
+import ctypes, os, runpy, sys
+assert ctypes.CDLL(None).setns(os.open(f"/run/netns/{sys.argv[1]}", os.O_RDONLY), 0) == 0
+del sys.argv[:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[list[str]]]:
-    """How to run a command on each of two hosts: network namespaces, each with its own address, joined by a cable."""
+    """How to run a module on each of two hosts: network namespaces, each with its own address, joined by a cable."""
     names = [f"resonance-{os.getpid()}-{i}" for i in range(2)]
     ends = [f"v{os.getpid() % 100_000}-{i}" for i in range(2)]
 
@@ -318,7 +335,7 @@ def hosts() -> Iterator[list[list[str]]]:
             ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield [["ip", "netns", "exec", name] for name in names]
+        yield [["-c", ENTER, name] for name in names]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from forked import Forked
 
 RANKS = 2
 SCRIPT = Path(__file__).with_name("training.py")
@@ -36,15 +36,9 @@ def run_ranks(folder: Path, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     ranks = []
     try:
         for rank in range(RANKS):
-            with (folder / f"rank{rank}.log").open("w") as log:
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, str(SCRIPT), str(config), str(out)],
-                        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = folder / f"rank{rank}.log"
+            ranks.append(Forked([SCRIPT, config, out], out=log, environment=environment))
         codes = [rank.wait(timeout=SECONDS_AT_MOST) for rank in ranks]
     finally:
         for rank in ranks:
