@@ -170,6 +170,58 @@ def test_two_processes_train_and_measure_as_one(train: Callable[..., Training], 
     assert alone.said().count("differed from what it hears") == whole.said().count("differed from what it hears") == 1
 
 
+# accelerate divides models among GPUs only, and Resonance says so. Without both, PyTorch's FSDP does it on processors too.
+FSDP_ON_PROCESSORS = """
+from accelerate import state
+from resonance.train import arguments
+
+first, asked = state.AcceleratorState.__init__, arguments.sharding_arguments
+
+def divided(self, *given, fsdp_plugin=None, **more):
+    first(self, *given, fsdp_plugin=fsdp_plugin, **more)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = state.DistributedType.FSDP, fsdp_plugin
+        state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+state.AcceleratorState.__init__ = divided
+arguments.sharding_arguments = lambda config, on_cpu: asked(config, False)
+"""
+
+
+@pytest.fixture
+def fsdp(tmp_path: Path) -> dict[str, str]:
+    """The environment in which `--fsdp` does on processors what it does on GPUs."""
+    (tmp_path / "sitecustomize.py").write_text(FSDP_ON_PROCESSORS)
+    return {"PYTHONPATH": python_path(tmp_path)}
+
+
+def test_an_adapter_trained_with_fsdp_is_that_of_one_process_also_after_a_kill(
+    train: Callable[..., Training], whole: Training, fsdp: dict[str, str]
+) -> None:
+    divided = train("fsdp", *TWO, "--fsdp", **fsdp)
+    divided.until(lambda: divided.checkpoint(2))
+    divided.rank(1).kill()
+    assert divided.end() == 0, divided.said()
+    assert "started again (1 of 3)" in divided.said()
+    assert_same(divided, whole, TOLERANCE)
+
+
+def test_a_model_fully_trained_with_fsdp_is_the_folder_of_one_process(
+    train: Callable[..., Training], fsdp: dict[str, str]
+) -> None:
+    full = ["--finetuning=full", "--learning_rate=0.0005", "--max_steps=2"]
+    one = train("full", "--per_device_train_batch_size=4", *full)
+    divided = train("full-fsdp", *TWO, "--fsdp", *full, **fsdp)
+    assert one.end() == 0, one.said()
+    assert divided.end() == 0, divided.said()
+    ours, theirs = (sorted(path.name for path in (training.out / "model").iterdir()) for training in (one, divided))
+    assert ours == theirs
+    ours, theirs = (load_file(training.out / "model" / "model.safetensors") for training in (one, divided))
+    assert ours.keys() == theirs.keys()  # the tied matrix once, as everywhere
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=TOLERANCE, msg=name)
+
+
 def test_a_process_that_is_killed_costs_time_and_nothing_else(train: Callable[..., Training], whole: Training) -> None:
     broken = train("killed", *TWO)
     broken.rank(1).kill()  # at its very beginning, then in the middle
