@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,21 +69,32 @@ def test_what_was_cancelled_holds_no_room_and_nothing_it_was_to_work_on(never: t
     few.close()
 
 
-def test_the_end_never_waits_for_a_thread_that_takes_the_last_call() -> None:
+@pytest.mark.parametrize("moment", range(1, 10))
+def test_the_end_never_waits_for_a_call_that_a_thread_takes_first(moment: int) -> None:
+    one = Daemons(1, "resonance-test")
+    one.submit(int).result(WAIT)
+    time.sleep(0.05)  # the thread waits for the next
+    lines = 0
+
+    def line(_frame: object, event: str, _given: object) -> Any:
+        """Just before a line of `close` the thread comes to run, and takes the call."""
+        nonlocal lines
+        lines += event == "line"
+        if lines == moment:
+            time.sleep(0.05)
+        return line
+
     def ends() -> None:
-        until = time.monotonic() + 4
-        while time.monotonic() < until:
-            some = Daemons(4, "resonance-test")
-            for _i in range(200):
-                some.submit(int)
-            some.close()
+        one.submit(int)
+        sys.settrace(lambda frame, *_given: line if frame.f_code is Daemons.close.__code__ else None)
+        one.close()
 
     usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(5)  # before that, the thread does not
     try:
         ending = threading.Thread(target=ends, daemon=True)
         ending.start()
-        ending.join(4 + WAIT)
+        ending.join(10)
     finally:
         sys.setswitchinterval(usual)
     assert not ending.is_alive()
