@@ -12,6 +12,7 @@ import numpy as np
 
 from resonance.config_serve import ServeConfig
 from resonance.serve.decode_pool import AudioDecoder, audio_decoder
+from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.service import Service
@@ -25,14 +26,20 @@ def settings_for(**given: Any) -> ServeConfig:
 
 
 def service_of(
-    engine: Any, adapters: Path | None = None, *, uploads: bool = False, budget: int = 1 << 30, **given: Any
+    engine: Any,
+    adapters: Path | None = None,
+    *,
+    uploads: bool = False,
+    budget: int = 1 << 30,
+    kept: KeptAudio | None = None,
+    **given: Any,
 ) -> Service:
     """uploads: whether it decodes any; without, no process is started for that."""
     config = settings_for(**given)
     pool = AdapterPool(AdapterStore(adapters), engine, budget, config.refresh_seconds) if adapters else None
     nothing = {"max_seconds": 1.0, "max_upload_bytes": 1, "decode_seconds": 1.0, "memory_bytes": 1}
     decoder = audio_decoder(config) if uploads else AudioDecoder(workers=0, **nothing)
-    return Service(config, engine, pool, decoder, Metrics())
+    return Service(config, engine, pool, decoder, Metrics(), kept=kept)
 
 
 @contextlib.asynccontextmanager

@@ -14,7 +14,8 @@ import pytest
 from resonance.config_serve import ServeConfig
 from resonance.data.audio import read_audio
 from resonance.data.formats import load_manifest
-from resonance.errors import ConfigError
+from resonance.errors import ConfigError, DataError
+from resonance.serve import keep_audio
 from resonance.serve.keep_audio import KeptAudio
 from resonance.serve.speech import Answer, Voice
 from resonance.transcribe.recognizer import TimedText
@@ -130,6 +131,17 @@ def test_an_answer_goes_out_when_the_disk_refuses(tmp_path: Path, caplog: pytest
     assert kept.keep(SAMPLES, ANSWER, account="x", patient="anna") is None
     assert "could not be kept" in caplog.text
     assert "开门" not in caplog.text
+
+
+def test_where_the_transcript_cannot_be_written_no_recording_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_given: object, **_more: object) -> None:
+        raise DataError("no space left")
+
+    monkeypatch.setattr(keep_audio, "write_text_atomic", full)
+    assert KeptAudio(tmp_path, 7).keep(SAMPLES, ANSWER, account="x", patient="anna") is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_nothing_is_kept_unless_a_folder_and_days_are_given(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_two_services_in_one_process_count_apart() -> None:
     one.dropped("deadline")
     one.out_of_memory()
     one.failed()
+    one.not_kept()
     one.batch(3, 6.0, 1.5)
     one.answered(6.0, 2.0)
     found = figures(one)
@@ -42,6 +43,7 @@ def test_two_services_in_one_process_count_apart() -> None:
         ("resonance_dropped_windows_total", ("deadline",), 1),
         ("resonance_out_of_memory_total", (), 1),
         ("resonance_failed_windows_total", (), 1),
+        ("resonance_recordings_not_kept_total", (), 1),
         ("resonance_windows_total", (), 3),
         ("resonance_batch_windows_bucket", ("4.0",), 1),
         ("resonance_batch_windows_bucket", ("2.0",), 0),

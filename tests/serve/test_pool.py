@@ -438,6 +438,56 @@ def test_a_change_of_a_change_leaves_one_adapter_in_memory(
     until(lambda: pool.stats().loaded == 1 and pool.stats().bytes == SIZE and pool.stats().pinned == 0)
 
 
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """No thread can be started, as where there are as many processes as there may be, until this is called."""
+
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    return monkeypatch.undo
+
+
+def test_a_thread_that_cannot_be_started_leaves_nobody_waiting_for_ever(
+    make_pool: Callable[..., AdapterPool], people: list[str], clock: Clock, no_threads: Callable[[], None]
+) -> None:
+    pool = make_pool()
+
+    def submit(function: Callable[[], None]) -> None:
+        threading.Thread(target=function).start()
+
+    coming = pool.ask("anna", submit)
+    assert fault(lambda: coming.result(0)).code == "adapter_store_unreachable"
+    no_threads()
+    clock.now += 3
+    adapter = pool.ask("anna", submit).result(30)
+    assert adapter.name == "anna"
+    pool.release(adapter)
+
+
+def test_a_change_that_no_thread_can_follow_lets_go_of_what_was_there_and_is_followed_later(
+    make_pool: Callable[..., AdapterPool],
+    store: CountingStore,
+    people: list[str],
+    make_adapter: Make,
+    tmp_path: Path,
+    clock: Clock,
+    request: pytest.FixtureRequest,
+) -> None:
+    pool = make_pool()
+    pool.release(pool.acquire("anna"))
+    store.put("anna", make_adapter(tmp_path / "new", seed=9))
+    again: Callable[[], None] = request.getfixturevalue("no_threads")
+    pool.changed("anna")
+    assert (pool.stats().loaded, pool.stats().pinned, pool.stats().bytes) == (0, 0, 0)
+    assert fault(lambda: pool.acquire("anna")).code == "adapter_store_unreachable"
+    again()
+    clock.now += 3
+    with holding(pool, "anna") as adapter:
+        assert adapter.version == store.version("anna")
+
+
 def test_what_was_deleted_leaves_the_memory_though_nobody_asks_for_it(
     store: CountingStore, people: list[str], make_pool: Callable[..., AdapterPool]
 ) -> None:

@@ -21,7 +21,7 @@ from resonance.serve.admission import Place
 from resonance.serve.batcher import Batcher, Engine
 from resonance.serve.decode_pool import AudioDecoder
 from resonance.serve.faults import ServiceError, invalid_settings, store_unreachable
-from resonance.serve.keep_audio import KeptAudio
+from resonance.serve.keeping import Keeping
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, Decoded, SpeechRequest, Upload, Voice
 from resonance.serve.threads import Threads
@@ -52,7 +52,7 @@ class Hearing:
     threads: Threads
     language: str | None  # spoken where neither the request nor the adapter says
     store_seconds: float  # in which an adapter has to be read
-    kept: KeptAudio | None = None  # where recordings are kept; None: nowhere
+    keeping: Keeping | None = None  # of recordings; None: they are not kept
 
     async def hear(
         self, request: SpeechRequest, place: Place, until: Until
@@ -78,7 +78,7 @@ class Hearing:
                 return rows[-1]
 
             most = self.engine.best_clip_seconds(adapter)
-            to_keep = decoded.samples if self.kept is not None and request.may_keep else None
+            to_keep = decoded.samples if self.keeping is not None and request.may_keep else None
             warning, cutting = decoded.warning, self._cut(windows(_blocks(decoded.samples), most), submit, until)
             del decoded  # a long recording's samples go as they are heard
             async with contextlib.aclosing(cutting) as cut:
@@ -90,11 +90,8 @@ class Hearing:
                         yield piece
             voice = Voice(adapter.name, adapter.version, adapter.fingerprint) if adapter else None
             answer = Answer(put(heard=heard, error=warning), voice, self.engine.fingerprint)
-            if self.kept is not None and to_keep is not None:
-                keep = functools.partial(
-                    self.kept.keep, to_keep, answer, account=request.account, patient=request.patient
-                )
-                await asyncio.wrap_future(self.threads.write(keep))
+            if self.keeping is not None and to_keep is not None:
+                await self.keeping.keep(to_keep, answer, request.account, request.patient, until)
             yield answer
 
     async def _decoded(self, request: SpeechRequest, place: Place, until: Until) -> Decoded:

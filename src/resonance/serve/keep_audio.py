@@ -37,7 +37,6 @@ class KeptAudio:
         """Raises ConfigError when the folder cannot be written."""
         self.folder, self._lasting = folder, timedelta(days=days)
         self._ending = threading.Event()
-        self._purging: threading.Thread | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             probe = folder / f".{secrets.token_hex(6)}.part"
@@ -65,22 +64,21 @@ class KeptAudio:
 
     def start(self) -> None:
         """Delete what is too old, now and every hour."""
-        self._purging = threading.Thread(target=self._purge_hourly, name="kept audio", daemon=True)
-        self._purging.start()
+        threading.Thread(target=self._purge_hourly, name="kept audio", daemon=True).start()
 
     def close(self) -> None:
+        """No more is deleted after what is now: that may be on a disk that hangs, and is not waited for."""
         self._ending.set()
-        if self._purging:
-            self._purging.join()
 
     def keep(self, samples: np.ndarray, answer: Answer, *, account: str, patient: str | None) -> Path | None:
-        """Write a recording, float32 [samples] at 16 kHz, and its transcript. The path of the WAV, or None when the disk
-        refuses: that is logged, and the answer goes out all the same. Blocks; call it in a thread."""
+        """Write a recording, float32 [samples] at 16 kHz, and its transcript: both or neither. The path of the WAV, or None
+        when the disk refuses: that is logged, and the answer goes out all the same. Blocks; call it in a thread."""
         if patient is not None and not is_name(patient):
             raise ValueError
         now = datetime.now(UTC)
         folder = self.folder / now.date().isoformat() / (patient or BASE_FOLDER)
         name = secrets.token_hex(16)
+        wav = folder / f"{name}.wav"
         result = answer.result
         row = {
             "audio": f"{name}.wav",
@@ -96,14 +94,16 @@ class KeptAudio:
         try:
             for parent in (folder.parent, folder):
                 parent.mkdir(exist_ok=True, mode=0o700)
-            write_wav(folder / f"{name}.wav", samples)
+            write_wav(wav, samples)
             write_text_atomic(
                 folder / f"{name}.json", [json.dumps(row, ensure_ascii=False, indent=1), "\n"], mode=0o600
             )
         except (OSError, DataError, AudioError) as error:
             log.error("a recording could not be kept: %s", getattr(error, "strerror", None) or type(error).__name__)
+            with contextlib.suppress(OSError):
+                wav.unlink(missing_ok=True)
             return None
-        return folder / f"{name}.wav"
+        return wav
 
     def purge(self) -> int:
         """Delete what is older than the days, and the folders that become empty. Only files that `keep` made are touched.

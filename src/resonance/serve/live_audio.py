@@ -97,8 +97,9 @@ class Opus:
             if form is None:
                 raise not_opus()
             data, self.begun = self.begun, b""
-            self.thread = threading.Thread(target=self._decode, args=(form,), name="opus", daemon=True)
-            self.thread.start()
+            thread = threading.Thread(target=self._decode, args=(form,), name="opus", daemon=True)
+            thread.start()
+            self.thread = thread
         if self.fault:
             raise self.fault
         if data:

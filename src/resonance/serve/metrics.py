@@ -72,6 +72,9 @@ class Metrics:
             "resonance_connections_dropped", "Connections closed on clients, by reason", ["why"], registry=own
         )
         self._failed = Counter("resonance_failed_windows", "Windows on which the model failed", registry=own)
+        self._not_kept = Counter(
+            "resonance_recordings_not_kept", "Recordings answered that could not be kept, or not in time", registry=own
+        )
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """route: its pattern, without ids; seconds: from the request to the end of the answer."""
@@ -103,6 +106,10 @@ class Metrics:
 
     def failed(self) -> None:
         self._failed.inc()
+
+    def not_kept(self) -> None:
+        """A recording was to be kept, and was not by the time of its answer."""
+        self._not_kept.inc()
 
     def watch_queue(self, seconds: Callable[[], float]) -> None:
         """seconds: gives the audio that waits now."""

@@ -25,7 +25,6 @@ from resonance.model.lora_weights import AdapterBase, LoadedAdapter, read_adapte
 from resonance.serve.faults import ServiceError, adapter_memory_full, store_unreachable
 from resonance.serve.patients import check_patient_id
 from resonance.serve.store import AdapterStore, not_found
-from resonance.serve.threads import BusyError
 
 LOADS_AT_ONCE = 4  # each holds its file and its matrices at the same time, outside the budget
 _REMEMBERED = 1000  # ids without an adapter in memory, such as those that somebody tries out
@@ -111,7 +110,8 @@ class AdapterPool:
 
     def ask(self, patient: str, submit: Callable[[Callable[[], None]], object]) -> Coming:
         """As `acquire`, without waiting: what is in memory is there at once. However many ask for a patient, one function,
-        which looks at the store, is given to `submit`, to run in a thread; it may raise BusyError. Cancelled, nothing is acquired.
+        which looks at the store, is given to `submit`, to run in a thread; where it raises RuntimeError, as BusyError is,
+        nobody looks, and the store cannot be reached for those who wait. Cancelled, nothing is acquired.
 
         Raises ServiceError where the answer is known already; else the future does.
         """
@@ -119,7 +119,7 @@ class AdapterPool:
         if begun is not None:
             try:
                 submit(functools.partial(self._follow, patient, *begun))
-            except BusyError:
+            except RuntimeError:
                 self._settle(patient, *begun, None, store_unreachable(), self._clock())
         return coming
 
@@ -155,7 +155,11 @@ class AdapterPool:
         follow = threading.Thread(
             target=self._follow, args=(patient, slot, look), name="resonance-changed", daemon=True
         )
-        follow.start()
+        try:
+            follow.start()
+        except RuntimeError as error:  # as many processes as this user may have; that may pass
+            _log.error("%s: %s", patient, error)
+            self._settle(patient, slot, look, None, store_unreachable(), self._clock())
 
     def check(self, folder: Path) -> LoadedAdapter:
         """The adapter in `folder`, as it would be loaded; it is not kept. Raises ServiceError 422 with the reason."""

@@ -25,12 +25,13 @@ from resonance.serve.decode_pool import AudioDecoder, audio_decoder
 from resonance.serve.faults import ServiceError, deadline_passed, draining, not_ready, store_unreachable
 from resonance.serve.hearing import Hearing, give_back, no_adapters
 from resonance.serve.keep_audio import KeptAudio
+from resonance.serve.keeping import Keeping
 from resonance.serve.metrics import Metrics
 from resonance.serve.pool import AdapterPool
 from resonance.serve.speech import Answer, SpeechRequest, Upload
 from resonance.serve.state import State
 from resonance.serve.store import AdapterStore, VersionInfo
-from resonance.serve.threads import Threads
+from resonance.serve.threads import BusyError, Threads
 from resonance.serve.until import Until, in_time, stored
 from resonance.transcribe.mixed_engine import Row, load_mixed
 from resonance.transcribe.recognizer import DecodeSettings, TimedText
@@ -66,7 +67,8 @@ class Service:
         kept: KeptAudio | None = None,
     ) -> None:
         self.config, self.metrics, self.pool = config, metrics, pool
-        self._engine, self._decoder, self._load, self._kept = engine, decoder, load, kept
+        self._engine, self._decoder, self._load = engine, decoder, load
+        self._keeping = Keeping(kept, metrics.not_kept) if kept else None
         self._loaded: Hearing | None = None
         self._loading: asyncio.Task[None] | None = None
         self._failure: str | None = None  # why there is no model
@@ -87,8 +89,8 @@ class Service:
         """Take up work. Given an engine, the service is ready or broken when this returns; else it may be loading."""
         self._ended = asyncio.get_running_loop().create_future()
         self._loading = asyncio.create_task(self._make_ready())
-        if self._kept is not None:
-            self._kept.start()
+        if self._keeping is not None:
+            self._keeping.start()
         if self._engine is not None:
             await self._loading
 
@@ -150,11 +152,11 @@ class Service:
             self._loading.cancel()
         if self._loaded is not None:
             self._loaded.batcher.close(draining)
-            await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
+            with contextlib.suppress(RuntimeError):  # no thread can be started to wait in
+                await asyncio.to_thread(self._loaded.batcher.join, CLOSING_SECONDS)
         self._threads.close()
-        if self._kept is not None:
-            with contextlib.suppress(asyncio.TimeoutError):  # a disk that hangs is not waited for
-                await asyncio.wait_for(asyncio.wrap_future(_in_thread(self._kept.close)), CLOSING_SECONDS)
+        if self._keeping is not None:
+            self._keeping.close()
         await self._decoder.close()
 
     async def transcribe(self, request: SpeechRequest) -> Answer:
@@ -187,8 +189,8 @@ class Service:
             raise
 
     async def put_adapter(self, patient: str, folder: Path) -> VersionInfo:
-        """Check an adapter folder, keep it, and let it answer from now on. Raises ServiceError 422, ResonanceError where it
-        cannot be stored."""
+        """Check an adapter folder, keep it, and let it answer from now on. Raises ServiceError 422, 503 where too much waits
+        to be stored, 504 where it takes too long; ResonanceError where it cannot be stored."""
 
         def put(pool: AdapterPool) -> VersionInfo:
             pool.check(folder)
@@ -215,7 +217,11 @@ class Service:
             finally:
                 pool.changed(patient)
 
-        return await in_time(self._threads.write(changed), self.config.deadline_seconds, deadline_passed)
+        try:
+            coming = self._threads.write(changed)
+        except BusyError:
+            raise store_unreachable() from None
+        return await in_time(coming, self.config.deadline_seconds, deadline_passed)
 
     async def read(self, function: Callable[[], Made]) -> Made:
         """What `function` finds where the adapters are. Raises ServiceError 503 where nothing answers there."""
@@ -250,7 +256,7 @@ class Service:
                 self._threads,
                 self.config.language,
                 self.config.store_seconds,
-                self._kept,
+                self._keeping,
             )
         except Exception as error:
             if not isinstance(error, ResonanceError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pytest
 
 from resonance.serve import threads
 from resonance.serve.faults import ServiceError
+from resonance.serve.keeping import KEEP_SECONDS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 STORE_SECONDS = 2.0
@@ -179,9 +181,9 @@ def serving(running: Any, root: Path, tmp_path: Path) -> Iterator[Callable[..., 
     """`resonance serve` in a process of its own, and its address."""
     made: list[subprocess.Popen[bytes]] = []
 
-    def begin(*flags: str) -> tuple[subprocess.Popen[bytes], str]:
+    def begin(*flags: str, program: Sequence[str] = ("-m", "resonance")) -> tuple[subprocess.Popen[bytes], str]:
         out = tmp_path / "out"
-        command = [sys.executable, "-m", "resonance", "serve", "--model", running.config.model, "--adapters", str(root)]
+        command = [sys.executable, *program, "serve", "--model", running.config.model, "--adapters", str(root)]
         command += ["--port", "0", "--auth", "off", "--device", "cpu", *flags]
         with out.open("wb") as stream:
             made.append(
@@ -238,3 +240,36 @@ def test_a_request_that_waits_for_such_a_reading_is_told_that_the_service_stops(
         code, seconds = ended(process)
         assert b'"draining"' in connection.recv(65536) + connection.recv(65536)
     assert code == 128 + signal.SIGTERM and seconds < 1 + 5 + SLACK
+
+
+# No disk hangs when a test wants it; this is what the thread that writes to one sees of it.
+HANGING_DISK = """
+import threading
+from resonance.serve import keep_audio
+def write_wav(path, samples):
+    print("hangs", flush=True)
+    threading.Event().wait()
+keep_audio.write_wav = write_wav
+from resonance.__main__ import main
+main()
+"""
+
+
+def test_a_disk_for_recordings_that_hangs_keeps_neither_a_transcript_nor_the_process(
+    serving: Callable[..., tuple[subprocess.Popen[bytes], str]], recording: bytes, tmp_path: Path
+) -> None:
+    flags = ("--keep_audio", str(tmp_path / "kept"), "--keep_audio_days", "1", "--drain_seconds", "30")
+    process, address = serving(*flags, program=("-c", HANGING_DISK))
+    out = tmp_path / "out"
+    post = functools.partial(httpx2.post, address + "/transcribe", files={"file": recording}, timeout=60)
+    assert post().status_code == 200
+    assert "could not be kept" in out.read_text()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post)
+        ends = time.monotonic() + 60
+        while out.read_text().count("hangs") < 2:
+            assert time.monotonic() < ends and not waiting.done()
+            time.sleep(0.01)
+        code, seconds = ended(process)
+        assert waiting.result().status_code == 200  # who has been heard gets the transcript
+    assert code in (0, 128 + signal.SIGTERM) and seconds < KEEP_SECONDS + SLACK
