@@ -149,9 +149,8 @@ class Http(Taken, H11Protocol):
         self._upgraded = True
         self._rest()
         super().handle_websocket_upgrade(event)
-        if (
-            self._taking is not None
-        ):  # something of the answer before: the transport tells the other protocol when it is taken
+        if self._taking is not None:
+            # Of the answer before: when it is taken, the transport tells the other protocol.
             self.flows()
             cast(Listening, self.transport.get_protocol()).pause_writing()
 
