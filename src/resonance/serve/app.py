@@ -21,11 +21,11 @@ from resonance.messages import _
 from resonance.serve import listen, openapi, routes_health, routes_openai, routes_patients, routes_transcribe
 from resonance.serve.audit import Audited, AuditLog
 from resonance.serve.auth import Auth
-from resonance.serve.crowd import AtMost, Sockets
+from resonance.serve.crowd import AtMost, Sockets, refuse
 from resonance.serve.faults import ServiceError, store_unreachable
 from resonance.serve.fields import shown
 from resonance.serve.origins import OwnPagesOnly
-from resonance.serve.outer import Outer, internal_error, log, where
+from resonance.serve.outer import Outer, Receive, Scope, Send, internal_error, log, where
 from resonance.serve.security_headers import SecurityHeaders
 from resonance.serve.service import Service
 from resonance.serve.uploads import ReadingBudget
@@ -62,6 +62,15 @@ def create_app(service: Service, auth: Auth, config: ServeConfig) -> FastAPI:
     app.state.budget, app.state.sockets = ReadingBudget(), Sockets(config.max_connections)
     for module in ROUTERS:
         app.include_router(module.router)
+    elsewhere = app.router.default
+
+    async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await refuse(scope, send, no_socket(scope["path"]))
+        else:
+            await elsewhere(scope, receive, send)
+
+    app.router.default = nowhere
     handlers: dict[type[Exception], Callable[[Request, Any], Response]] = {
         ServiceError: refused,
         HTTPException: refused_by_starlette,
@@ -119,6 +128,15 @@ def refused_by_starlette(request: Request, error: HTTPException) -> Response:
     else:
         fault = ServiceError(error.status_code, "invalid_request", str(error.detail), _("/docs says how to ask."))
     return JSONResponse(fault.body, error.status_code, dict(error.headers or {}))
+
+
+def no_socket(path: str) -> ServiceError:
+    return ServiceError(
+        404,
+        "route_not_found",
+        _("There is no WebSocket at {path}.").format(path=shown(path)),
+        _("Connect to {path}.").format(path="/listen"),
+    )
 
 
 def methods_of(request: Request) -> list[str]:

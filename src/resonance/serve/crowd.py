@@ -10,6 +10,9 @@ from resonance.serve.audit import UNRECORDED
 from resonance.serve.faults import ServiceError, too_many_connections
 from resonance.serve.outer import App, Receive, Scope, Send, fault
 
+RESERVED = 64  # connections beyond those of requests under way: for being told so, and for /health, /ready and /metrics
+READY = "/ready"  # of those three, the one that may take long
+MOST_READY = RESERVED // 2
 STRANGERS = 1 / 4  # of all connections
 ONE_ACCOUNT = 1 / 2
 DENIAL = "websocket.http.response"  # ASGI's extension: an answer in place of a WebSocket
@@ -19,24 +22,27 @@ class AtMost:
     """Refuses requests and WebSockets while `most` are under way, with 503 too_many_connections.
 
     By request and not by connection: so whoever asks is told in the one shape, and what machines ask for to see whether the
-    service lives is always answered. Connections on which nothing is under way are `resonance.serve.connections`' business.
+    service lives is always answered. /ready waits for the model, and has a bound of its own, that leaves connections to
+    /health. Connections on which nothing is under way are `resonance.serve.connections`' business.
     """
 
     def __init__(self, app: App, most: int) -> None:
-        self.app, self.most = app, most
-        self.open = 0
+        self.app = app
+        self.most = {False: most, True: MOST_READY}  # by whether it is /ready
+        self.open = dict.fromkeys(self.most, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or scope["path"] in UNRECORDED:
+        ready = scope.get("path") == READY
+        if scope["type"] not in ("http", "websocket") or (scope["path"] in UNRECORDED and not ready):
             await self.app(scope, receive, send)
-        elif self.open >= self.most:
+        elif self.open[ready] >= self.most[ready]:
             await refuse(scope, send, too_many_connections())
         else:
-            self.open += 1
+            self.open[ready] += 1
             try:
                 await self.app(scope, receive, send)
             finally:
-                self.open -= 1
+                self.open[ready] -= 1
 
 
 async def refuse(scope: Scope, send: Send, error: ServiceError) -> None:

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
+from resonance.serve.crowd import refuse
 from resonance.serve.faults import ServiceError
-from resonance.serve.outer import fault
 from resonance.serve.security_headers import App, Receive, Scope, Send
 
 
@@ -27,16 +27,13 @@ class OwnPagesOnly:
         if not checked or self._own(dict(scope["headers"])):
             await self.app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
-            return
         foreign = ServiceError(
             403,
             "foreign_page",
             _("This web page may not use the service."),
             _("Name it in --cors_origins, or use --auth token."),
         )
-        await fault(send, foreign)
+        await refuse(scope, send, foreign)
 
     def _own(self, headers: dict[bytes, bytes]) -> bool:
         host = headers.get(b"host", b"").decode("latin-1")

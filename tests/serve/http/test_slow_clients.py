@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import io
 import json
+import logging
 import os
 import socket
 import threading
@@ -20,7 +21,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from resonance.errors import ConfigError
-from resonance.serve.connections import RESERVED, allow_files
+from resonance.serve.connections import allow_files
+from resonance.serve.crowd import RESERVED
 from resonance.serve.speech import Answer
 
 MOST = 4  # requests and sockets at a time
@@ -204,6 +206,25 @@ def test_what_is_not_http_is_refused_in_the_one_shape(hasty: Any, sent: bytes) -
     assert (status, body["error"]["code"]) == (400, "invalid_request") and headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("answered", [False, True], ids=["in one packet", "behind the answer"])
+def test_a_body_that_cannot_be_read_ends_its_request_without_a_fault_of_ours(
+    hasty: Any, method: str, answered: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"{method} /health HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    connection = opened(hasty, head if answered else head + b"ZZZ\r\n")
+    if answered:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 ")
+        connection.sendall(b"ZZZ\r\n")
+    found = rest(connection)
+    if answered:  # the question has its one answer
+        assert b"HTTP/1.1" not in found
+    else:
+        assert found.startswith(b"HTTP/1.1 400 ") and (b"invalid_request" in found) == (method == "GET")
+    until(lambda: not hasty.server.server_state.tasks and not open_connections(hasty))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 @pytest.fixture
 def they_stay(hasty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent clients and uploads that stop: there is time to open many, however slow the machine is."""
@@ -323,6 +344,34 @@ def test_who_does_not_read_an_answer_is_given_up_and_who_reads_slowly_is_not(has
         time.sleep(IDLE_SECONDS / 8)
     slow.close()
     assert len(found) == whole and dropped(hasty, "slow_reader") == before + 1
+
+
+@pytest.mark.usefixtures("they_stay")
+def test_an_answer_that_is_being_taken_is_not_cut_off_while_others_are_silent(
+    hasty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = hasty.server.config.http.__self__
+    monkeypatch.setattr(rules, "idle_seconds", 60.0)
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: here\r\n\r\n"
+    taking = deaf(hasty, asked)
+    until(lambda: len(rules.taking) == 1)
+    silent = opened(hasty)
+    until(lambda: open_connections(hasty) == 2)
+    monkeypatch.setattr(rules, "most", 2)
+    another = opened(hasty)
+    assert rest(silent) == b""
+    assert first(taking)[0] == 200
+    until(lambda: not rules.taking and len(rules.waiting) == 2)
+    taking.close()
+    another.close()
+    # Where nobody waits, it is: else those who read slowly would keep everybody out.
+    until(lambda: not open_connections(hasty))
+    monkeypatch.setattr(rules, "most", 1)
+    slow = deaf(hasty, asked)
+    until(lambda: len(rules.taking) == 1)
+    with hasty.client("all") as client:
+        assert client.get("/health").status_code == 200
+    assert len(rest(slow)) < 60_000
 
 
 def listening(running: Any, token: str | None) -> ClientConnection:
