@@ -44,8 +44,6 @@ class ServiceError(ResonanceError):
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-
-
 RETRY_SECONDS = 5
 
 

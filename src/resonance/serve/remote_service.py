@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from resonance.config_serve import ServeConfig
 from resonance.messages import _
 from resonance.model.load import load_tokenizer
-from resonance.serve.faults import ServiceError
+from resonance.serve.faults import RETRY_SECONDS, ServiceError
 from resonance.serve.front_metrics import FrontMetrics
 from resonance.serve.replica import About, Mistake, Refusal, mark, packed
 from resonance.serve.speech import Answer, SpeechRequest
@@ -26,7 +26,6 @@ from resonance.transcribe.recognizer import TimedText
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 ASK_SECONDS = 5.0  # between two questions to the copies, whether they are there
-RETRY_SECONDS = 5
 CHANGE_SECONDS = 120.0  # for an adapter to be checked and stored
 GRACE_SECONDS = 5.0  # after a deadline, for the copy to say so itself
 ATTEMPTS = (
